@@ -1,0 +1,157 @@
+"""Routers: which experts a token goes to, and with which weight.
+
+Three routers, all plain functions of the logits `[T, X]` (T tokens, X experts), all in float32 or wider:
+
+- sinkhorn (BlackMamba, arXiv 2402.01771; the semantics are those of Megatron-LM's SwitchMLP). Training:
+  `index = argmax(sinkhorn(stop_gradient(logits)))`, `gate = sigmoid(logits)[index]`; the gradient reaches the router
+  only through the gate, which need not be the largest. Inference: `gate, index = max(sigmoid(logits))`.
+- switch (Fedus et al., arXiv 2101.03961): softmax, the best expert, gate = its probability.
+- topk (Mixtral, Jamba): softmax over all experts, the best K, gates optionally divided by their sum.
+
+Sinkhorn's choice depends on every token of the batch, later ones included: it is for training only.
+
+Sinkhorn finds the plan `P[t, e] = exp(logits[t, e] / temperature + row[t] + column[e])` whose rows sum to 1/T and
+columns to 1/X. A row potential does not move an argmax inside its row, so only the X column potentials are carried:
+one iteration is `p = softmax(logits / temperature + column)`, `column -= log(X * mean_t(p))`, in the log domain.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from bm_jax.config import MoeConfig
+
+
+class Statistics(NamedTuple):
+    """What a router did; float32 (float64 for float64 logits), over unmasked tokens, all zero when there are none."""
+
+    load: jax.Array
+    """[X] fraction of the assignments given to each expert; sums to 1."""
+    entropy: jax.Array
+    """Scalar, nats: mean entropy of softmax(logits), the router's own preference before any balancing."""
+    dropped: jax.Array
+    """Scalar: fraction of assignments dropped for capacity. Routers drop nothing; a dispatcher may replace it."""
+    loss: jax.Array
+    """Scalar: auxiliary losses, already weighted, to add to the training loss; the only differentiable field."""
+
+
+class Routing(NamedTuple):
+    """The experts of each token: `index` int32 `[T, K]` and `gate` `[T, K]`; masked tokens have gate 0."""
+
+    index: jax.Array
+    gate: jax.Array
+    statistics: Statistics
+
+
+def route(logits: jax.Array, config: MoeConfig, *, training: bool, mask: jax.Array | None = None) -> Routing:
+    """Choose `config.top_k` experts for each token with `config.router`.
+
+    Args:
+      logits: `[T, X]`, any float type; computed in float32, or float64 when they are float64.
+      config: router, top_k, Sinkhorn settings and loss weights.
+      training: only the sinkhorn router differs: balanced in training, causal and batch-independent otherwise.
+      mask: `[T]` bool, True for real tokens. The others take no part in the plan, the statistics or the losses.
+    """
+    logits = logits.astype(_compute_type(logits))
+    if mask is not None:
+        logits = jnp.where(mask[:, None], logits, 0)  # padding may hold anything, NaN included
+    choose = {"sinkhorn": _sinkhorn_router, "switch": _switch_router, "topk": _topk_router}[config.router]
+    with jax.named_scope("route"):
+        index, gate = choose(logits, config, training, mask)
+        if mask is not None:
+            gate = jnp.where(mask[:, None], gate, 0)
+        return Routing(index.astype(jnp.int32), gate, _statistics(logits, index, config, mask))
+
+
+def _sinkhorn_router(
+    logits: jax.Array, config: MoeConfig, training: bool, mask: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    # Differs from Zyphra/BlackMamba: the released code has only the inference branch.
+    scores = logits
+    if training:
+        scores = sinkhorn(
+            jax.lax.stop_gradient(logits), config.sinkhorn_iterations,
+            temperature=config.sinkhorn_temperature, mask=mask,
+        )  # fmt: skip
+    # Differs from Zyphra/BlackMamba: argmax of the logits, not of their sigmoid. It is the same expert, except where
+    # sigmoids round to the same number (float32: all logits above 17; bfloat16: above 6) and the first would win.
+    index = jnp.argmax(scores, axis=-1)[:, None]
+    return index, jax.nn.sigmoid(_take(logits, index))
+
+
+def _switch_router(
+    logits: jax.Array, config: MoeConfig, training: bool, mask: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    index = jnp.argmax(logits, axis=-1)[:, None]
+    return index, _take(jax.nn.softmax(logits), index)
+
+
+def _topk_router(
+    logits: jax.Array, config: MoeConfig, training: bool, mask: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    _, index = jax.lax.top_k(jax.lax.stop_gradient(logits), config.top_k)
+    gate = _take(jax.nn.softmax(logits), index)
+    return index, gate / gate.sum(axis=-1, keepdims=True) if config.normalize_gates else gate
+
+
+def sinkhorn(
+    logits: jax.Array, iterations: int, *, temperature: float = 1.0, mask: jax.Array | None = None
+) -> jax.Array:
+    """The logarithm of the balanced plan: rows sum to 1/T', columns to 1/X, T' being the number of unmasked tokens.
+
+    Ends on a row update, so rows are exact to rounding and what is left of the imbalance is in the columns. Masked
+    rows are -inf. Any finite logits are safe. Returns `[T, X]`, float32, or float64 for float64 logits.
+    """
+    # Differs from Zyphra/BlackMamba: a fixed number of iterations in the log domain. There, an absolute tolerance ends
+    # the loop after one pass for T >= 2048 whatever the balance, and an absolute epsilon makes the scale drift.
+    scores = logits.astype(_compute_type(logits)).T / temperature  # [X, T]: tokens minor, long vectors on any device
+    experts, tokens = scores.shape
+    valid = jnp.ones(tokens, bool) if mask is None else mask | ~mask.any()  # with nothing to plan, plan everything
+    scores = jnp.where(valid, scores, 0)
+    offset = math.log(experts) - jnp.log(valid.sum().astype(scores.dtype))
+
+    def iterate(_: jax.Array, column: jax.Array) -> jax.Array:
+        log_p = jax.nn.log_softmax(scores + column[:, None], axis=0)
+        log_p = jnp.where(valid, log_p, -jnp.inf)
+        return column - jax.nn.logsumexp(log_p, axis=1) - offset
+
+    column = jax.lax.fori_loop(0, iterations, iterate, jnp.zeros(experts, scores.dtype))
+    plan = jax.nn.log_softmax(scores + column[:, None], axis=0) - jnp.log(valid.sum().astype(scores.dtype))
+    return (plan if mask is None else jnp.where(mask, plan, -jnp.inf)).T
+
+
+def jitter(x: jax.Array, key: jax.Array, amount: float) -> jax.Array:
+    """`x` times independent uniform noise in [1 - amount, 1 + amount] (Fedus et al., section 2.2)."""
+    noise = jax.random.uniform(key, x.shape, _compute_type(x), 1 - amount, 1 + amount)
+    return (x * noise).astype(x.dtype)
+
+
+def _statistics(logits: jax.Array, index: jax.Array, config: MoeConfig, mask: jax.Array | None) -> Statistics:
+    """Statistics and losses; a load-balance loss equals its coefficient when probabilities and load are uniform."""
+    weight = jnp.ones(logits.shape[0], logits.dtype) if mask is None else mask.astype(logits.dtype)
+    weight = weight / jnp.maximum(weight.sum(), 1)
+    log_p = jax.nn.log_softmax(logits)
+    p = jnp.exp(log_p)
+    chosen = (index[:, :, None] == jnp.arange(logits.shape[1])).astype(logits.dtype).mean(axis=1)
+    load = weight @ chosen
+    entropy = jax.lax.stop_gradient(weight @ -(p * log_p).sum(axis=-1))
+    loss = jnp.zeros((), logits.dtype)
+    if config.load_balance_loss:  # Fedus et al., equations 4 to 6
+        loss += config.load_balance_loss * logits.shape[1] * jnp.sum(weight @ p * load)
+    if config.router_z_loss:  # Zoph et al., arXiv 2202.08906, equation 5
+        loss += config.router_z_loss * (weight @ jnp.square(jax.nn.logsumexp(logits, axis=-1)))
+    return Statistics(load, entropy, jnp.zeros((), logits.dtype), loss)
+
+
+def _take(values: jax.Array, index: jax.Array) -> jax.Array:
+    """`values[t, index[t, k]]` as a masked sum, whose gradient needs no scatter. `[T, X]`, `[T, K]` -> `[T, K]`."""
+    chosen = index[:, :, None] == jnp.arange(values.shape[1])
+    return jnp.where(chosen, values[:, None, :], 0).sum(axis=-1)
+
+
+def _compute_type(x: jax.Array) -> jnp.dtype:
+    return jnp.promote_types(x.dtype, jnp.float32)
