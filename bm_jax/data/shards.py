@@ -1,0 +1,276 @@
+"""Prepared data on disk: token shards, their manifest, and the checks made when they are opened.
+
+A prepared folder holds
+
+    manifest.json           what follows, see `Manifest`; written last, so a folder without it is unfinished
+    tokenizer.json          the tokenizer; `load_tokenizer(folder)` gives it back
+    train-00000.tokens      ids, little-endian uint16 (uint32 from 65,537 ids on), documents end to end
+    train-00000.ends        exclusive end of each document in that file, little-endian uint64
+    validation-00000.tokens, validation-00000.ends, ...
+
+Every document lies whole in one shard and ends with the end-of-document id.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bm_jax.config import ConfigError, from_dict
+from bm_jax.data.errors import DataError
+from bm_jax.data.stream import Piece, TokenStream
+from bm_jax.data.tokenizer import Tokenizer
+
+MANIFEST = "manifest.json"
+FORMAT = "bm_jax tokens"
+VERSION = 1
+SPLITS = ("train", "validation")
+ENDS_DTYPE = np.dtype("<u8")
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """One pair of files, NAME.tokens and NAME.ends."""
+
+    name: str
+    tokens: int
+    documents: int
+    max_id: int
+    tokens_sha256: str
+    ends_sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Splits:
+    """The shards of each split, in reading order."""
+
+    train: tuple[Shard, ...] = ()
+    validation: tuple[Shard, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What manifest.json records."""
+
+    format: str
+    version: int
+    tokenizer_name: str
+    tokenizer_fingerprint: str
+    tokenizer_ids: int
+    end_of_document: int
+    dtype: str
+    """`uint16` or `uint32`."""
+    plan: str
+    """SHA-256 (hex) of the inputs and options the folder was made from."""
+    inputs: tuple[str, ...]
+    skipped_lines: int
+    """Lines, rows or files that could not be used."""
+    skipped_examples: tuple[str, ...]
+    """The first few of them: where and why."""
+    empty_documents: int
+    splits: Splits
+
+    def tokens(self, split: str) -> int:
+        """Tokens in `split`, end-of-document ids included."""
+        return sum(shard.tokens for shard in getattr(self.splits, split))
+
+    def documents(self, split: str) -> int:
+        """Documents in `split`."""
+        return sum(shard.documents for shard in getattr(self.splits, split))
+
+
+def token_dtype(ids: int) -> np.dtype:
+    """The smallest of little-endian uint16 and uint32 that holds `ids` different ids."""
+    return np.dtype("<u2" if ids <= 1 << 16 else "<u4")
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Replace `path` by `text` so that after a crash it holds either the old content or the new."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class ShardWriter:
+    """Writes one shard under temporary names; `finish` gives it its name, so a named shard is always complete."""
+
+    def __init__(self, folder: Path, name: str, tokenizer: Tokenizer) -> None:
+        self._folder, self._name = folder, name
+        self._dtype = token_dtype(tokenizer.vocab_size)
+        self._end_of_document = np.array([tokenizer.end_of_document], self._dtype)
+        self._paths = {kind: folder / f"{name}.{kind}.{os.getpid()}.partial" for kind in ("tokens", "ends")}
+        self._files: dict[str, Any] = {}
+        self._sums = {kind: hashlib.sha256() for kind in self._paths}
+        self._tokens = self._documents = 0
+        self._max_id = tokenizer.end_of_document
+
+    def add(self, ids: np.ndarray) -> None:
+        """Append one document, given without its end-of-document id."""
+        if len(ids):
+            self._max_id = max(self._max_id, int(ids.max()))
+        self._write("tokens", ids.astype(self._dtype))
+        self._write("tokens", self._end_of_document)
+        self._tokens += len(ids) + 1
+        self._documents += 1
+        self._write("ends", np.array([self._tokens], ENDS_DTYPE))
+
+    def _write(self, kind: str, values: np.ndarray) -> None:
+        if kind not in self._files:
+            self._files[kind] = open(self._paths[kind], "wb")  # noqa: SIM115  # closed by finish or close
+        data = values.tobytes()
+        self._files[kind].write(data)
+        self._sums[kind].update(data)
+
+    def finish(self) -> Shard | None:
+        """Name the shard and return its record; None, and no files, if it has no documents."""
+        if not self._documents:
+            return None
+        for kind, file in self._files.items():
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+            os.replace(self._paths[kind], self._folder / f"{self._name}.{kind}")
+        sync_folder(self._folder)
+        sums = {kind: checksum.hexdigest() for kind, checksum in self._sums.items()}
+        return Shard(self._name, self._tokens, self._documents, self._max_id, sums["tokens"], sums["ends"])
+
+    def close(self) -> None:
+        """Drop what was not finished; harmless after `finish`."""
+        for kind, file in self._files.items():
+            file.close()
+            self._paths[kind].unlink(missing_ok=True)
+
+
+def is_prepared(folder: Path) -> bool:
+    """Whether `folder` holds finished prepared data."""
+    return (folder / MANIFEST).is_file()
+
+
+def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
+    """The manifest of a prepared folder, or DataError."""
+    path = Path(folder) / MANIFEST
+    remedy = "make the folder with `python -m bm_jax.data prepare INPUT... OUT`"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{folder} is not prepared data: there is no {path}. To fix it, {remedy}") from None
+    except ValueError as error:
+        raise DataError(f"{path} is damaged ({error}). Delete the folder and {remedy}") from None
+    found = (values.get("format"), values.get("version")) if isinstance(values, dict) else (None, None)
+    if found != (FORMAT, VERSION):
+        raise DataError(
+            f"{path} has format {found[0]!r} version {found[1]!r}; this code reads {FORMAT!r} version {VERSION}. "
+            f"To fix it, {remedy} again"
+        )
+    try:
+        return from_dict(Manifest, values, where=str(path))
+    except (ConfigError, TypeError) as error:
+        raise DataError(f"{path} is damaged ({error}). Delete the folder and {remedy}") from None
+
+
+def _map(path: Path, dtype: np.dtype, count: int) -> np.ndarray:
+    """`count` values of the file at `path`, memory-mapped; DataError unless the size is exactly right."""
+    try:
+        found = path.stat().st_size
+    except FileNotFoundError:
+        raise DataError(f"{path} is missing although the manifest lists it. Copy it again or prepare again") from None
+    expected = count * dtype.itemsize
+    if found != expected:
+        problem = "truncated" if found < expected else "too long"
+        raise DataError(
+            f"{path} is {problem}: the manifest says {expected:,} bytes, found {found:,}. "
+            "Copy it again or prepare again"
+        )
+    return np.memmap(path, dtype, "r", shape=(count,))
+
+
+def open_prepared(
+    folder: str | os.PathLike[str], tokenizer: Tokenizer | None = None, vocab_size: int | None = None
+) -> dict[str, TokenStream]:
+    """The train and validation streams of a prepared folder, memory-mapped.
+
+    Every shard's size is checked, the tokenizer's fingerprint if `tokenizer` is given, and the ids against the
+    model's `vocab_size` if that is given. Raises DataError naming the file, expected, found and what to do.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    if tokenizer is not None and tokenizer.fingerprint != manifest.tokenizer_fingerprint:
+        raise DataError(
+            f"{folder} was prepared with tokenizer {manifest.tokenizer_name!r} (fingerprint "
+            f"{manifest.tokenizer_fingerprint[:12]}, {manifest.tokenizer_ids:,} ids), but the configuration has "
+            f"{tokenizer.name!r} (fingerprint {tokenizer.fingerprint[:12]}, {tokenizer.vocab_size:,} ids). Set "
+            f"data.tokenizer to {'byte' if manifest.tokenizer_name == 'byte' else folder} or prepare the text again"
+        )
+    if vocab_size is not None and manifest.tokenizer_ids > vocab_size:
+        raise DataError(
+            f"{folder} uses {manifest.tokenizer_ids:,} token ids, more than model.vocab_size = {vocab_size:,}. "
+            f"Set model.vocab_size to at least {manifest.tokenizer_ids:,}"
+        )
+    limit = vocab_size if vocab_size is not None else manifest.tokenizer_ids
+    streams = {}
+    for split in SPLITS:
+        pieces = []
+        for shard in getattr(manifest.splits, split):
+            path = folder / f"{shard.name}.tokens"
+            tokens = _map(path, np.dtype(manifest.dtype).newbyteorder("<"), shard.tokens)
+            ends = _map(path.with_suffix(".ends"), ENDS_DTYPE, shard.documents)
+            if shard.max_id >= limit:
+                raise DataError(f"{path} contains token id {shard.max_id}, but the model has ids 0 to {limit - 1}")
+            if int(ends[-1]) != shard.tokens:
+                raise DataError(
+                    f"{path.with_suffix('.ends')} is damaged: its last document ends at token {int(ends[-1]):,}, "
+                    f"expected {shard.tokens:,}. Copy it again or prepare again"
+                )
+            pieces.append(Piece(tokens, ends, str(path)))
+        streams[split] = TokenStream(pieces, limit)
+    return streams
+
+
+def verify(folder: str | os.PathLike[str]) -> Manifest:
+    """Read every byte of a prepared folder and check it against the manifest.
+
+    Checks sizes, checksums, that the ids exist, that documents end with the end-of-document id and that the tokenizer
+    is the recorded one. Returns the manifest; raises DataError naming every file that is wrong.
+    """
+    from bm_jax.data.tokenizer import load_tokenizer
+
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    open_prepared(folder, load_tokenizer(folder))
+    problems = []
+    for shard in (shard for split in SPLITS for shard in getattr(manifest.splits, split)):
+        for kind, expected in (("tokens", shard.tokens_sha256), ("ends", shard.ends_sha256)):
+            path = folder / f"{shard.name}.{kind}"
+            with open(path, "rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if found != expected:
+                problems.append(f"{path}: SHA-256 should be {expected[:16]}..., found {found[:16]}...")
+        tokens = np.memmap(folder / f"{shard.name}.tokens", np.dtype(manifest.dtype).newbyteorder("<"), "r")
+        ends = np.fromfile(folder / f"{shard.name}.ends", ENDS_DTYPE).astype(np.int64)
+        if int(tokens.max()) >= manifest.tokenizer_ids:
+            problems.append(f"{shard.name}.tokens: id {int(tokens.max())} of {manifest.tokenizer_ids}")
+        last_ids = tokens[np.clip(ends, 1, len(tokens)) - 1]
+        if np.any(np.diff(ends, prepend=0) < 1) or np.any(last_ids != manifest.end_of_document):
+            problems.append(f"{shard.name}.ends: some documents do not end with id {manifest.end_of_document}")
+    if problems:
+        raise DataError(f"{folder} is damaged; copy it again or prepare again:\n  " + "\n  ".join(problems))
+    return manifest
