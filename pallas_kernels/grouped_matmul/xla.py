@@ -34,13 +34,21 @@ def _batched(lhs: Array, rhs: Array, group_sizes: Array) -> Array:
     padded = jnp.where(filled[..., None], lhs[slots], 0)
     out = jnp.einsum("xck,xkn->xcn", padded, rhs)
     row = jnp.arange(rows)
-    group = jnp.searchsorted(ends, row, side="right")
-    return out.reshape(groups * capacity, -1)[group * capacity + row - starts[group]]
+    group = jnp.minimum(jnp.searchsorted(ends, row, side="right"), groups - 1)
+    slot = jnp.minimum(row - starts[group], capacity - 1)
+    rows_out = out.reshape(groups * capacity, -1)[group * capacity + slot]
+    return jnp.where((row < ends[-1])[:, None], rows_out, 0)
+
+
+def _ragged(lhs: Array, rhs: Array, group_sizes: Array) -> Array:
+    """The product at any load."""
+    out = lax.ragged_dot(lhs, rhs, group_sizes)
+    return jnp.where((jnp.arange(lhs.shape[0]) < jnp.sum(group_sizes))[:, None], out, 0)
 
 
 def _dispatch(lhs: Array, rhs: Array, group_sizes: Array, function) -> Array:
     fits = jnp.max(group_sizes) <= _capacity(lhs.shape[0], rhs.shape[0])
-    return lax.cond(fits, lambda: function(_batched), lambda: function(lax.ragged_dot))
+    return lax.cond(fits, lambda: function(_batched), lambda: function(_ragged))
 
 
 @jax.custom_vjp

@@ -1,0 +1,132 @@
+"""Where arrays live: the mesh, one table from parameter path to PartitionSpec, and `constrain` for activations.
+
+Mesh axes are roles. `data` and `fsdp` split the batch; `fsdp` also splits parameters; `expert` splits experts; `tensor`
+splits inner channels, heads and hidden widths; `sequence` splits time.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from bm_jax.config import ConfigError, MeshConfig
+
+AXES = ("data", "fsdp", "expert", "tensor", "sequence")
+BATCH_AXES = ("data", "fsdp", "expert")
+
+P = PartitionSpec
+
+PARAMETER_SPECS: tuple[tuple[str, PartitionSpec], ...] = (
+    (r"embedding", P("tensor", "fsdp")),
+    (r"unembedding", P("fsdp", "tensor")),
+    (r"final_norm(_bias)?", P()),
+    (r"periods/.*/norm", P()),
+    (r"periods/.*/mamba/in_proj", P(None, "fsdp", None, "tensor")),
+    (r"periods/.*/mamba/conv_weight", P(None, None, "tensor")),
+    (r"periods/.*/mamba/(conv_bias|dt_bias|D)", P(None, "tensor")),
+    (r"periods/.*/mamba/(x_proj|A_log)", P(None, "tensor", None)),
+    (r"periods/.*/mamba/dt_proj", P(None, None, "tensor")),
+    (r"periods/.*/mamba/out_proj", P(None, "tensor", "fsdp")),
+    (r"periods/.*/mamba/(dt|B|C)_norm", P()),
+    (r"periods/.*/attention/(query|key|value)", P(None, "fsdp", "tensor", None)),
+    (r"periods/.*/attention/out", P(None, "tensor", None, "fsdp")),
+    (r"periods/.*/mlp/w_in", P(None, "fsdp", None, "tensor")),
+    (r"periods/.*/mlp/w_out", P(None, "tensor", "fsdp")),
+    (r"periods/.*/moe/router(_bias)?", P()),
+    (r"periods/.*/moe/w_in", P(None, "expert", "fsdp", None, "tensor")),
+    (r"periods/.*/moe/w_out", P(None, "expert", "tensor", "fsdp")),
+)
+"""Pattern of the whole parameter path, and how the array is split. The first axis of `periods` is the loop over depth."""
+
+
+def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
+    """A mesh over the first devices, every axis of type Auto.
+
+    Raises:
+        ConfigError: the axes ask for more devices than there are, or `data = -1` leaves devices over.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [config.data, config.fsdp, config.expert, config.tensor, config.sequence]
+    rest = math.prod(sizes[1:])
+    if config.data == -1:
+        if len(devices) % rest:
+            raise ConfigError(
+                f"mesh axes fsdp x expert x tensor x sequence = {rest} do not divide the {len(devices)} devices; "
+                "give mesh.data explicitly or change the other axes"
+            )
+        sizes[0] = len(devices) // rest
+    count = math.prod(sizes)
+    if count > len(devices):
+        layout = ", ".join(f"{name}={size}" for name, size in zip(AXES, sizes, strict=True))
+        raise ConfigError(f"mesh {layout} needs {count} devices, there are {len(devices)}")
+    return Mesh(np.array(devices[:count]).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def parameter_spec(path: str, ndim: int) -> PartitionSpec:
+    """The PartitionSpec of the parameter at a '/'-separated path.
+
+    Raises:
+        KeyError: no row of the table, or more than one, matches the path.
+    """
+    rows = [spec for pattern, spec in PARAMETER_SPECS if re.fullmatch(pattern, path)]
+    if len(rows) != 1:
+        raise KeyError(f"parameter {path!r} is covered by {len(rows)} rows of PARAMETER_SPECS, needs exactly 1")
+    spec = rows[0]
+    if len(spec) > ndim:  # plain activations: w_in without the axis of the two halves
+        spec = P(*(axis for i, axis in enumerate(spec) if i != len(spec) - 2))
+    return spec
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """A pytree key path as 'periods/layer_0/mamba/in_proj'."""
+    return "/".join(str(getattr(entry, "key", getattr(entry, "name", getattr(entry, "idx", entry)))) for entry in path)
+
+
+def parameter_shardings(abstract: Any, mesh: Mesh) -> Any:
+    """NamedShardings for a tree of parameters.
+
+    Raises:
+        ConfigError: a dimension is not a multiple of the mesh axes that split it.
+    """
+
+    def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        name = path_name(path)
+        spec = parameter_spec(name, leaf.ndim)
+        for size, axis in zip(leaf.shape, spec, strict=False):
+            parts = 1 if axis is None else mesh.shape[axis]
+            if size % parts:
+                raise ConfigError(
+                    f"parameter {name} of shape {leaf.shape}: its dimension {size} cannot be split into "
+                    f"mesh.{axis} = {parts} parts; choose a mesh.{axis} that divides {size}"
+                )
+        return NamedSharding(mesh, spec)
+
+    return jax.tree_util.tree_map_with_path(sharding, abstract)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """How a batch `[B, L]` is split: rows over data, fsdp and expert."""
+    return NamedSharding(mesh, P(BATCH_AXES))
+
+
+def constrain(x: Array, *axes: str | None) -> Array:
+    """Pin the layout of an activation, one axis name ("batch" for the batch axes) or None a dimension.
+
+    Does nothing outside a mesh, and leaves a dimension whole that its axes do not divide.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+
+    def entry(size: int, axis: str | None) -> Any:
+        names = BATCH_AXES if axis == "batch" else axis
+        parts = math.prod(mesh.shape[name] for name in ([names] if isinstance(names, str) else names or []))
+        return names if size % parts == 0 else None
+
+    return jax.lax.with_sharding_constraint(x, P(*(entry(size, axis) for size, axis in zip(x.shape, axes, strict=True))))
