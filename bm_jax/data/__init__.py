@@ -5,6 +5,7 @@ Nothing here imports jax, and only `Data.train_batches` needs grain.
 
 from bm_jax.data.errors import DataError
 from bm_jax.data.pipeline import Data, open_data
+from bm_jax.data.prepare import prepare
 from bm_jax.data.shards import Manifest, open_prepared, read_manifest, verify
 from bm_jax.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -16,6 +17,7 @@ __all__ = [
     "load_tokenizer",
     "open_data",
     "open_prepared",
+    "prepare",
     "read_manifest",
     "verify",
 ]

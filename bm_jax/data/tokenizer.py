@@ -70,7 +70,7 @@ class Tokenizer(abc.ABC):
         """Write `directory/tokenizer.json`; `load_tokenizer(directory)` gives an equal tokenizer."""
         path = Path(directory) / FILE_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{FILE_NAME}.{os.getpid()}")
+        temporary = path.with_name(f"{FILE_NAME}.{os.getpid()}.partial")
         temporary.write_text(self._definition(), encoding="utf-8")
         os.replace(temporary, path)
         return path
