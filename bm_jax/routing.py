@@ -12,11 +12,13 @@ Sinkhorn's choice depends on every token of the batch, later ones included: it i
 
 Sinkhorn finds the plan `P[t, e] = exp(logits[t, e] / temperature + row[t] + column[e])` whose rows sum to 1/T and
 columns to 1/X. A row potential does not move an argmax inside its row, so only the X column potentials are carried:
-one iteration is `p = softmax(logits / temperature + column)`, `column -= log(X * mean_t(p))`, in the log domain.
+one iteration (a row update, then a column update) is `p = softmax(logits / temperature + column)`,
+`column -= log(X * mean_t(p))`, in the log domain.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import NamedTuple
 
@@ -39,7 +41,9 @@ class Statistics(NamedTuple):
     """Scalar: auxiliary losses, already weighted, to add to the training loss; the only differentiable field."""
 
 
-class Routing(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Routing:
     """The experts of each token: `index` int32 `[T, K]` and `gate` `[T, K]`; masked tokens have gate 0."""
 
     index: jax.Array
@@ -104,23 +108,48 @@ def sinkhorn(
     """The logarithm of the balanced plan: rows sum to 1/T', columns to 1/X, T' being the number of unmasked tokens.
 
     Ends on a row update, so rows are exact to rounding and what is left of the imbalance is in the columns. Masked
-    rows are -inf. Any finite logits are safe. Returns `[T, X]`, float32, or float64 for float64 logits.
+    rows are -inf. Safe for logits as large as 1e30. Returns `[T, X]`, float32, or float64 for float64 logits.
+
+    How far a row or column sum is from uniform / argmax load, max over mean; the worst of 200 batches of 512 and 20 of
+    16,384 tokens, 8 experts. Mild logits have sd 1 and an expert bias of sd 0.5, hard ones sd 2 and sd 2.
+
+    ```
+    temperature  iterations       mild 512    mild 16,384       hard 512    hard 16,384
+            1.0           1   0.99% / 1.27   0.15% / 1.03   6.50% / 1.23   1.03% / 1.03
+            1.0           2   0.13% / 1.27   0.02% / 1.03   2.39% / 1.20   0.35% / 1.03
+            1.0           4   0.00% / 1.27   0.00% / 1.03   0.33% / 1.19   0.04% / 1.03
+            1.0           8   0.00% / 1.27   0.00% / 1.03   0.01% / 1.19   0.00% / 1.03
+            1.0          16   0.00% / 1.27   0.00% / 1.03   0.00% / 1.19   0.00% / 1.03
+            0.5           1   6.50% / 1.23   1.03% / 1.03  17.70% / 1.27   2.71% / 1.03
+            0.5           2   2.39% / 1.20   0.35% / 1.03  11.38% / 1.20   1.66% / 1.02
+            0.5           4   0.33% / 1.19   0.04% / 1.03   4.70% / 1.17   0.62% / 1.02
+            0.5           8   0.01% / 1.19   0.00% / 1.03   0.81% / 1.16   0.09% / 1.02
+            0.5          16   0.00% / 1.19   0.00% / 1.03   0.04% / 1.16   0.00% / 1.02
+    ```
+
+    The loads are those of the converged plan from 4 iterations on: an argmax rounds each token, so few tokens at a high
+    temperature stay uneven. On 2000 hard batches of 512 it exceeds 1.2 in 0.6% at temperature 1, in none at 0.5.
+    `python benchmarks/sinkhorn.py` prints these numbers.
     """
     # Differs from Zyphra/BlackMamba: a fixed number of iterations in the log domain. There, an absolute tolerance ends
-    # the loop after one pass for T >= 2048 whatever the balance, and an absolute epsilon makes the scale drift.
+    # the loop after one pass for T >= 2048 whatever the balance, and an absolute epsilon makes the scale drift. Its
+    # exp(2 * logits) is temperature 0.5 here.
     scores = logits.astype(_compute_type(logits)).T / temperature  # [X, T]: tokens minor, long vectors on any device
     experts, tokens = scores.shape
     valid = jnp.ones(tokens, bool) if mask is None else mask | ~mask.any()  # with nothing to plan, plan everything
     scores = jnp.where(valid, scores, 0)
-    offset = math.log(experts) - jnp.log(valid.sum().astype(scores.dtype))
+    count = valid.sum().astype(scores.dtype)
+    log_share = jnp.log(count) - math.log(experts)  # tokens an expert should get
 
-    def iterate(_: jax.Array, column: jax.Array) -> jax.Array:
+    def iterate(_: int, column: jax.Array) -> jax.Array:
         log_p = jax.nn.log_softmax(scores + column[:, None], axis=0)
-        log_p = jnp.where(valid, log_p, -jnp.inf)
-        return column - jax.nn.logsumexp(log_p, axis=1) - offset
+        log_load = jax.nn.logsumexp(jnp.where(valid, log_p, -jnp.inf), axis=1)
+        return column + (log_share - log_load)
 
-    column = jax.lax.fori_loop(0, iterations, iterate, jnp.zeros(experts, scores.dtype))
-    plan = jax.nn.log_softmax(scores + column[:, None], axis=0) - jnp.log(valid.sum().astype(scores.dtype))
+    # Differs from Zyphra/BlackMamba: starts by centring each expert, not from 1 / sum_t(exp(logits)). The sum follows
+    # its largest term, so with heavy-tailed logits it starts far away; the mean undoes a bias exactly and is cheaper.
+    column = jax.lax.fori_loop(0, iterations, iterate, -scores.sum(axis=1) / count)
+    plan = jax.nn.log_softmax(scores + column[:, None], axis=0) - jnp.log(count)
     return (plan if mask is None else jnp.where(mask, plan, -jnp.inf)).T
 
 
@@ -132,18 +161,22 @@ def jitter(x: jax.Array, key: jax.Array, amount: float) -> jax.Array:
 
 def _statistics(logits: jax.Array, index: jax.Array, config: MoeConfig, mask: jax.Array | None) -> Statistics:
     """Statistics and losses; a load-balance loss equals its coefficient when probabilities and load are uniform."""
-    weight = jnp.ones(logits.shape[0], logits.dtype) if mask is None else mask.astype(logits.dtype)
-    weight = weight / jnp.maximum(weight.sum(), 1)
+    tokens, experts = logits.shape
+    weight = jnp.ones(tokens, logits.dtype) if mask is None else mask.astype(logits.dtype)
+    count = jnp.maximum(weight.sum(), 1)
+
+    def mean(values: jax.Array) -> jax.Array:
+        return jnp.tensordot(weight, values, 1, precision="highest") / count  # default precision is lower on TPU
+
     log_p = jax.nn.log_softmax(logits)
     p = jnp.exp(log_p)
-    chosen = (index[:, :, None] == jnp.arange(logits.shape[1])).astype(logits.dtype).mean(axis=1)
-    load = weight @ chosen
-    entropy = jax.lax.stop_gradient(weight @ -(p * log_p).sum(axis=-1))
+    load = mean((index[:, :, None] == jnp.arange(experts)).astype(logits.dtype).sum(axis=1)) / index.shape[1]
+    entropy = jax.lax.stop_gradient(-mean((p * log_p).sum(axis=-1)))
     loss = jnp.zeros((), logits.dtype)
-    if config.load_balance_loss:  # Fedus et al., equations 4 to 6
-        loss += config.load_balance_loss * logits.shape[1] * jnp.sum(weight @ p * load)
+    if config.load_balance_loss:  # Fedus et al., equations 4 to 6; with sinkhorn in training the load is flat already
+        loss += config.load_balance_loss * experts * jnp.sum(mean(p) * load)
     if config.router_z_loss:  # Zoph et al., arXiv 2202.08906, equation 5
-        loss += config.router_z_loss * (weight @ jnp.square(jax.nn.logsumexp(logits, axis=-1)))
+        loss += config.router_z_loss * mean(jnp.square(jax.nn.logsumexp(logits, axis=-1)))
     return Statistics(load, entropy, jnp.zeros((), logits.dtype), loss)
 
 
