@@ -1,0 +1,493 @@
+"""A trained model that reads and writes text: load, save, logits, generate, stream.
+
+There is one decode path. Prompts are padded on the left to a shape bucket and read into the cache (`sampling.prefill`);
+then the device draws tokens in chunks (`sampling.decode`), and the host turns each chunk into text, looking for stop
+strings. `generate` collects what `stream` hands out.
+
+Shapes come in buckets so that few programs are compiled: batches and prompts are padded to powers of two, prompts of
+more than `PIECE` tokens are read in pieces of that many, and the room that attention needs for keys is a power of two.
+
+A model directory is self-contained:
+
+    config.json      {"format": "blackmamba-jax model", "version": 1, "model": fields of ModelConfig}
+    tokenizer.json   see `bm_jax.data.tokenizer`
+    params/          float32 parameters, see `bm_jax.checkpoint`
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bm_jax import sampling
+from bm_jax.config import Config, ConfigError, ModelConfig, from_dict, to_dict
+from bm_jax.data.tokenizer import Tokenizer, load_tokenizer
+from bm_jax.model import Parameters, forward, init_parameters
+from bm_jax.model import logits as unembed
+from bm_jax.sampling import SamplingConfig
+
+FORMAT, VERSION = "blackmamba-jax model", 1
+PIECE = 2048
+"""Longer prompts are read in pieces of this many tokens, with memory for one piece at a time."""
+SHORTEST_BUCKET = 16
+COMPUTE_KERNELS = frozenset(
+    {"in_proj", "conv_weight", "conv_bias", "x_proj", "dt_proj", "out_proj"}
+    | {"query", "key", "value", "out", "w_in", "w_out", "unembedding"}
+)
+"""Parameters used in the compute dtype alone; casting them once changes no result."""
+
+Prompt = str | Sequence[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """What the model wrote after one prompt."""
+
+    text: str
+    """Without the prompt, without the stop string."""
+    tokens: tuple[int, ...]
+    """Ids drawn, without the end-of-document id; with finish_reason "stop", up to the one that completed the string."""
+    finish_reason: Literal["stop", "length", "end"]
+    """A stop string, `max_tokens`, or the end-of-document id."""
+
+
+class Piece(NamedTuple):
+    """Text of one row as it comes; the last piece of a row brings the whole completion."""
+
+    row: int
+    text: str
+    completion: Completion | None
+
+
+class Detokenizer:
+    """Ids to text bit by bit, never handing out a part of a character.
+
+    `push` returns the text that no later id can change; what it returned, followed by `flush`, is the text of all ids.
+    """
+
+    CONTEXT = 8
+    """Ids kept for what is decoded next: some tokenizers decode a first id differently."""
+
+    def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._ids = list(before[-self.CONTEXT :])
+        self._done = _settled(tokenizer.decode(self._ids))
+
+    def push(self, ids: Sequence[int]) -> str:
+        """Text that `ids` settle."""
+        self._ids += ids
+        text = self._tokenizer.decode(self._ids)
+        settled = max(_settled(text), self._done)
+        piece, self._done = text[self._done : settled], settled
+        if settled == len(text) and len(self._ids) > 4 * self.CONTEXT:
+            kept = self._tokenizer.decode(self._ids[-self.CONTEXT :])
+            if text.endswith(kept):
+                self._ids, self._done = self._ids[-self.CONTEXT :], len(kept)
+        return piece
+
+    def flush(self) -> str:
+        """Text held back: at most a character that was never completed, as U+FFFD."""
+        text = self._tokenizer.decode(self._ids)
+        piece, self._done = text[self._done :], max(len(text), self._done)
+        return piece
+
+
+def _settled(text: str) -> int:
+    """Length of `text` without what may be the start of a character: up to three bytes, each shown as U+FFFD."""
+    end = len(text)
+    while end > max(0, len(text) - 3) and text[end - 1] == "\ufffd":
+        end -= 1
+    return end
+
+
+class Writer:
+    """Assembles one completion from the ids drawn: text, stop strings, end."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], config: SamplingConfig) -> None:
+        self._config, self._end = config, tokenizer.end_of_document
+        self._detokenizer = Detokenizer(tokenizer, prompt)
+        self._held = ""
+        self._written: list[str] = []
+        self._tokens: list[int] = []
+        self.completion: Completion | None = None
+
+    def push(self, ids: Sequence[int]) -> str:
+        """Take ids drawn (at most what is left of `max_tokens`); returns the text that is certain now."""
+        ids = list(ids)
+        ended = bool(ids) and ids[-1] == self._end
+        if ended:
+            ids.pop()
+        # With stop strings one at a time, to know which id completed one.
+        for part in [[i] for i in ids] if self._config.stop else [ids]:
+            self._tokens += part
+            if self._take(self._detokenizer.push(part)):
+                return self._release("stop")
+        if not ended and len(self._tokens) < self._config.max_tokens:
+            return self._release(None)
+        stopped = self._take(self._detokenizer.flush())
+        return self._release("stop" if stopped else "end" if ended else "length")
+
+    def _take(self, text: str) -> bool:
+        """Append text to what is held; when that completes a stop string, cut there and say so."""
+        self._held += text
+        found = [(self._held.find(s) + len(s), self._held.find(s)) for s in self._config.stop if s in self._held]
+        if found:
+            self._held = self._held[: min(found)[1]]
+        return bool(found)
+
+    def _release(self, reason: Literal["stop", "length", "end"] | None) -> str:
+        """Hand out what is held, but for the start of a possible stop string while the completion goes on."""
+        keep = 0
+        if reason is None:
+            for s in self._config.stop:
+                keep = max([keep, *(n for n in range(1, len(s)) if self._held.endswith(s[:n]))])
+        cut = len(self._held) - keep
+        text, self._held = self._held[:cut], self._held[cut:]
+        self._written.append(text)
+        if reason is not None:
+            self.completion = Completion("".join(self._written), tuple(self._tokens), reason)
+        return text
+
+
+class LanguageModel:
+    """A model with its parameters and tokenizer.
+
+    Args:
+        config: the model.
+        parameters: as `init_parameters` makes them, kept as given; what runs is a copy cast for inference.
+        tokenizer: its ids must fit `config.vocab_size`.
+        max_prompt_tokens: a longer prompt is an error. A model with attention layers must hold prompt and completion
+            together within it.
+        max_batch: prompts decoded at once; more are taken in turns.
+
+    Raises:
+        ConfigError: the tokenizer has more ids than the embedding has rows, or the parameters are another model's.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        parameters: Parameters,
+        tokenizer: Tokenizer,
+        *,
+        max_prompt_tokens: int = 65536,
+        max_batch: int = 64,
+    ) -> None:
+        if tokenizer.vocab_size > config.vocab_size:
+            raise ConfigError(
+                f"the tokenizer has {tokenizer.vocab_size} ids but ModelConfig.vocab_size is {config.vocab_size}: "
+                "this is not the tokenizer that the model was trained with"
+            )
+        for name, value in (("max_prompt_tokens", max_prompt_tokens), ("max_batch", max_batch)):
+            if value < 1:
+                raise ConfigError(f"{name} must be at least 1, got {value}")
+        _check_parameters(config, parameters)
+        self.config, self.parameters, self.tokenizer = config, parameters, tokenizer
+        self.max_prompt_tokens, self.max_batch = max_prompt_tokens, max_batch
+
+    @classmethod
+    def load(
+        cls, directory: str | os.PathLike[str], *, max_prompt_tokens: int = 65536, max_batch: int = 64
+    ) -> LanguageModel:
+        """Read a model directory (made by `save`) or the newest checkpoint of a training run's directory.
+
+        Raises:
+            ConfigError: something is missing, damaged or of another shape; the message says what and where.
+        """
+        path = Path(directory)
+        config, is_run = _read_config(path)
+        from bm_jax.checkpoint import load_parameters, restore_parameters  # slow to import
+
+        tokenizer = load_tokenizer(path)
+        if is_run:
+            parameters = restore_parameters(path)
+        else:
+            if not (path / "params").is_dir():
+                raise ConfigError(f"{path} has no params folder: the model directory is incomplete")
+            parameters = load_parameters(path / "params")
+        # The float32 originals wait on the host; the device holds only what inference reads.
+        return cls(
+            config, jax.device_get(parameters), tokenizer, max_prompt_tokens=max_prompt_tokens, max_batch=max_batch
+        )
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Write a self-contained model directory, all or nothing.
+
+        Raises:
+            ConfigError: `directory` exists and is not empty; nothing is overwritten.
+        """
+        from bm_jax.checkpoint import save_parameters  # slow to import
+
+        path = Path(directory).absolute()
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise ConfigError(f"{directory} exists already; a model is only written to a new directory")
+        partial_path = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        try:
+            partial_path.mkdir(parents=True)
+            save_parameters(partial_path / "params", self.parameters)
+            self.tokenizer.save(partial_path)
+            wrapped = {"format": FORMAT, "version": VERSION, "model": to_dict(self.config)}
+            (partial_path / "config.json").write_text(json.dumps(wrapped, indent=2) + "\n", encoding="utf-8")
+            os.replace(partial_path, path)
+        finally:
+            shutil.rmtree(partial_path, ignore_errors=True)
+
+    @cached_property
+    def _inference(self) -> tuple[Parameters, Parameters]:
+        """Parameters of the layers and those of the unembedding, on the device, cast where that changes nothing."""
+        dtype = jnp.dtype(self.config.compute_dtype)
+
+        def place(path: tuple[Any, ...], leaf: Any) -> Any:
+            leaf = jnp.asarray(leaf)
+            return leaf.astype(dtype) if path[-1].key in COMPUTE_KERNELS else leaf
+
+        parameters = jax.tree_util.tree_map_with_path(place, self.parameters)
+        # The residual stream starts from the embedding as it is; as an unembedding it is used in the compute dtype.
+        name = "embedding" if self.config.tie_embeddings else "unembedding"
+        return parameters, {name: parameters[name].astype(dtype)}
+
+    def logits(self, tokens: Any) -> np.ndarray:
+        """Logits of the token after each token: float32 `[L, V]` for ids `[L]`, `[B, L, V]` for ids `[B, L]`.
+
+        Raises:
+            ValueError: no ids, rows of different lengths, ids that are not integers or not in the vocabulary.
+        """
+        try:
+            ids = np.asarray(tokens)
+        except ValueError:
+            raise ValueError("logits: the rows of tokens have different lengths; give one at a time") from None
+        if ids.size == 0 or ids.ndim not in (1, 2):
+            raise ValueError(f"logits: expected ids [L] or [B, L] with at least one id, got shape {ids.shape}")
+        if not np.issubdtype(ids.dtype, np.integer):
+            raise ValueError(f"logits: ids must be integers, got {ids.dtype}")
+        _check_ids(ids, self.config.vocab_size, "logits")
+        rows = np.atleast_2d(ids)
+        B, L = rows.shape
+        self._check_length(L, "logits")
+        padded = np.zeros((_bucket(B), _bucket(L, SHORTEST_BUCKET)), np.int32)
+        padded[:B, :L] = rows
+        segment_ids = np.zeros_like(padded)
+        segment_ids[:B, :L] = 1
+        values = np.asarray(_logits(*self._inference, padded, segment_ids, self.config))[:B, :L]
+        return values[0] if ids.ndim == 1 else values
+
+    def generate(
+        self,
+        prompts: str | Sequence[Prompt],
+        *,
+        max_tokens: int = 256,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | Sequence[int] = 0,
+        stop: str | Sequence[str] = (),
+    ) -> list[Completion]:
+        """Complete prompts, several at once; always a list, one completion a prompt in their order.
+
+        Args:
+            prompts: a text, or a list of prompts of any lengths, each a text or a list of ids.
+            max_tokens: most tokens drawn for each.
+            temperature: 0 takes the most likely token every time.
+            top_k: draw from this many most likely tokens only.
+            top_p: draw from the fewest most likely tokens that have this probability together.
+            seed: of the draws; a prompt gets the same text for the same seed, alone or among others. Give one a prompt
+                for different texts after equal prompts.
+            stop: a completion ends before the first of these strings to appear.
+
+        Raises:
+            ValueError: a prompt that is empty, too long, not text or with ids out of range.
+            ConfigError: (a ValueError) a sampling parameter out of range.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        seeds = [seed] * len(prompts) if isinstance(seed, int | np.integer) else list(seed)
+        if len(seeds) != len(prompts):
+            raise ConfigError(f"seed must be one integer or one a prompt: got {len(seeds)} for {len(prompts)} prompts")
+        stop = (stop,) if isinstance(stop, str) else tuple(stop)
+        configs = [SamplingConfig(max_tokens, temperature, top_k, top_p, s, stop) for s in seeds]
+        completions: dict[int, Completion] = {}
+        for piece in self._stream(prompts, configs):
+            if piece.completion is not None:
+                completions[piece.row] = piece.completion
+        return [completions[row] for row in range(len(prompts))]
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        max_tokens: int = 256,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+        stop: str | Sequence[str] = (),
+    ) -> Iterator[str]:
+        """Complete one prompt, yielding text as it comes; joined, it is the text that `generate` gives.
+
+        A piece never ends within a character or a stop string. Arguments and errors are those of `generate`; errors
+        are raised here, before the first piece is asked for.
+        """
+        stop = (stop,) if isinstance(stop, str) else tuple(stop)
+        pieces = self._stream([prompt], [SamplingConfig(max_tokens, temperature, top_k, top_p, seed, stop)])
+        return (piece.text for piece in pieces if piece.text)
+
+    def _stream(self, prompts: Sequence[Prompt], configs: Sequence[SamplingConfig]) -> Iterator[Piece]:
+        """Check and encode every prompt, then decode them in turns of `max_batch`, those of similar length together."""
+        ids = [
+            self._encode(prompt, row, config) for row, (prompt, config) in enumerate(zip(prompts, configs, strict=True))
+        ]
+        order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
+        turns = [order[i : i + self.max_batch] for i in range(0, len(order), self.max_batch)]
+        return (
+            piece._replace(row=turn[piece.row])
+            for turn in turns
+            for piece in self._decode([ids[row] for row in turn], [configs[row] for row in turn])
+        )
+
+    def _encode(self, prompt: Prompt, row: int, config: SamplingConfig) -> list[int]:
+        where = f"prompt {row}"
+        if isinstance(prompt, str):
+            try:
+                prompt.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(
+                    f"{where} is not valid Unicode text: {error.reason} at character {error.start}"
+                ) from None
+            ids = self.tokenizer.encode(prompt)
+        else:
+            array = np.asarray(prompt)
+            if array.ndim != 1 or not (array.size == 0 or np.issubdtype(array.dtype, np.integer)):
+                raise ValueError(
+                    f"{where} must be text or a list of token ids, got {type(prompt).__name__}: {prompt!r}"
+                )
+            ids = [int(i) for i in array]
+        if not ids:
+            raise ValueError(f"{where} is empty: a prompt needs at least one token, for example a line break")
+        _check_ids(np.asarray(ids), self.tokenizer.vocab_size, where)
+        self._check_length(len(ids), where)
+        if "attention" in self.config.kinds and len(ids) + config.max_tokens > self.max_prompt_tokens:
+            raise ValueError(
+                f"{where} has {len(ids)} tokens and max_tokens is {config.max_tokens}, together more than the "
+                f"{self.max_prompt_tokens} that this model's attention holds; ask for fewer, or load the model with a "
+                "larger max_prompt_tokens"
+            )
+        return ids
+
+    def _check_length(self, length: int, where: str) -> None:
+        if length > self.max_prompt_tokens:
+            raise ValueError(
+                f"{where} has {length} tokens, more than the longest shape bucket of {self.max_prompt_tokens}; shorten "
+                "it, or load the model with a larger max_prompt_tokens"
+            )
+
+    def _decode(self, prompts: list[list[int]], configs: list[SamplingConfig]) -> Iterator[Piece]:
+        """The decode path: read one batch of prompts, draw tokens chunk by chunk, hand out text as it is certain."""
+        config, (parameters, head) = self.config, self._inference
+        tokenizer = self.tokenizer
+        rows = sampling.make_rows(
+            configs, _bucket(len(prompts)), end=tokenizer.end_of_document, vocab_size=tokenizer.vocab_size
+        )
+        hidden, cache = self._read(parameters, prompts, max(c.max_tokens for c in configs))
+        index = np.zeros(len(rows.seed), np.int32)
+        token = np.asarray(sampling.choose(head, hidden, rows, index, config))
+        writers = [Writer(tokenizer, prompt, c) for prompt, c in zip(prompts, configs, strict=True)]
+        drawn = token[:, None]
+        while True:
+            for row, writer in enumerate(writers):
+                if writer.completion is None:
+                    text = writer.push(drawn[row, drawn[row] >= 0].tolist())
+                    yield Piece(row, text, writer.completion)
+            alive = np.zeros(len(index), bool)
+            alive[: len(writers)] = [writer.completion is None for writer in writers]
+            if not alive.any():
+                return
+            token, index = np.where(alive, drawn[:, -1], 0), index + np.int32(drawn.shape[1])
+            drawn, cache = sampling.decode(parameters, head, cache, rows, token, index, alive, config)
+            drawn = np.asarray(drawn)
+
+    def _read(self, parameters: Parameters, prompts: list[list[int]], max_tokens: int) -> tuple[jax.Array, Any]:
+        """Prompts, padded on the left, into a new cache; the hidden values of their last tokens `[B, 1, M]`."""
+        longest = max(map(len, prompts))
+        length = _bucket(longest, SHORTEST_BUCKET) if longest <= PIECE else -(-longest // PIECE) * PIECE
+        tokens = np.zeros((_bucket(len(prompts)), length), np.int32)
+        segment_ids = np.zeros_like(tokens)
+        for row, prompt in enumerate(prompts):
+            tokens[row, length - len(prompt) :] = prompt
+            segment_ids[row, length - len(prompt) :] = 1
+        room = _bucket(length + max_tokens) if "attention" in self.config.kinds else 0
+        cache = sampling.empty_cache(self.config, len(tokens), room)
+        hidden = None
+        for start in range(0, length, PIECE):
+            piece = slice(start, start + PIECE)
+            hidden, cache = sampling.prefill(parameters, tokens[:, piece], segment_ids[:, piece], cache, self.config)
+        assert hidden is not None
+        return hidden, cache
+
+
+@partial(jax.jit, static_argnames=("config",))
+def _logits(
+    parameters: Parameters, head: Parameters, tokens: jax.Array, segment_ids: jax.Array, config: ModelConfig
+) -> jax.Array:
+    hidden = forward(parameters, tokens, config, segment_ids=segment_ids).hidden
+    return unembed(head, hidden, config).astype(jnp.float32)
+
+
+def _bucket(size: int, least: int = 1) -> int:
+    """The smallest power of two that is at least `size` and `least`."""
+    return 1 << (max(size, least) - 1).bit_length()
+
+
+def _check_ids(ids: np.ndarray, size: int, where: str) -> None:
+    wrong = ids[(ids < 0) | (ids >= size)]
+    if wrong.size:
+        raise ValueError(f"{where} contains token id {wrong.flat[0]}, outside the range 0 to {size - 1}")
+
+
+def _check_parameters(config: ModelConfig, parameters: Parameters) -> None:
+    """Raise ConfigError unless `parameters` have the names and shapes of `config`."""
+
+    def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        return {"/".join(str(entry.key) for entry in path): np.shape(leaf) for path, leaf in leaves}
+
+    expected = shapes(jax.eval_shape(lambda: init_parameters(config, jax.random.key(0))))
+    found = shapes(parameters)
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise ConfigError(
+                f"the parameters are not those of the configuration: {name} should be {expected.get(name, 'absent')}, "
+                f"is {found.get(name, 'absent')}"
+            )
+
+
+def _read_config(path: Path) -> tuple[ModelConfig, bool]:
+    """The model that a directory holds, and whether it is a training run's."""
+    file = path / "config.json"
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        what = "no config.json in it" if path.is_dir() else "no such directory"
+        raise ConfigError(f"{path} is neither a model nor a run directory: {what}") from None
+    except NotADirectoryError:
+        raise ConfigError(f"{path} is a file; give the directory of a model or of a training run") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} is damaged: it is not JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{file} must hold a JSON object, found {type(values).__name__}")
+    if "format" not in values:
+        return from_dict(Config, values, where=f"{file}: Config").model, True
+    if values["format"] != FORMAT or values.get("version") != VERSION:
+        raise ConfigError(
+            f"{file} has format {values['format']!r} version {values.get('version')!r}; this program reads "
+            f"{FORMAT!r} version {VERSION}"
+        )
+    return from_dict(ModelConfig, values.get("model"), where=f"{file}: model"), False
