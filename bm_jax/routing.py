@@ -18,7 +18,6 @@ one iteration (a row update, then a column update) is `p = softmax(logits / temp
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import NamedTuple
 
@@ -26,32 +25,38 @@ import jax
 import jax.numpy as jnp
 
 from bm_jax.config import MoeConfig
+from bm_jax.shapes import Array, Bool, Float, Int
+
+Scores = Float[Array, "T X"]
+Index = Int[Array, "T K"]
+Gate = Float[Array, "T K"]
+Mask = Bool[Array, "T"]
+PerExpert = Float[Array, "X"]
+Scalar = Float[Array, ""]
 
 
 class Statistics(NamedTuple):
     """What a router did; float32 (float64 for float64 logits), over unmasked tokens, all zero when there are none."""
 
-    load: jax.Array
+    load: PerExpert
     """[X] fraction of the assignments given to each expert; sums to 1."""
-    entropy: jax.Array
+    entropy: Scalar
     """Scalar, nats: mean entropy of softmax(logits), the router's own preference before any balancing."""
-    dropped: jax.Array
+    dropped: Scalar
     """Scalar: fraction of assignments dropped for capacity. Routers drop nothing; a dispatcher may replace it."""
-    loss: jax.Array
+    loss: Scalar
     """Scalar: auxiliary losses, already weighted, to add to the training loss; the only differentiable field."""
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Routing:
+class Routing(NamedTuple):
     """The experts of each token: `index` int32 `[T, K]` and `gate` `[T, K]`; masked tokens have gate 0."""
 
-    index: jax.Array
-    gate: jax.Array
+    index: Index  # pyright: ignore[reportIncompatibleMethodOverride] (tuple.index, which nobody calls)
+    gate: Gate
     statistics: Statistics
 
 
-def route(logits: jax.Array, config: MoeConfig, *, training: bool, mask: jax.Array | None = None) -> Routing:
+def route(logits: Scores, config: MoeConfig, *, training: bool, mask: Mask | None = None) -> Routing:
     """Choose `config.top_k` experts for each token with `config.router`.
 
     Args:
@@ -71,9 +76,7 @@ def route(logits: jax.Array, config: MoeConfig, *, training: bool, mask: jax.Arr
         return Routing(index.astype(jnp.int32), gate, _statistics(logits, index, config, mask))
 
 
-def _sinkhorn_router(
-    logits: jax.Array, config: MoeConfig, training: bool, mask: jax.Array | None
-) -> tuple[jax.Array, jax.Array]:
+def _sinkhorn_router(logits: Scores, config: MoeConfig, training: bool, mask: Mask | None) -> tuple[Index, Gate]:
     # Differs from Zyphra/BlackMamba: the released code has only the inference branch.
     scores = logits
     if training:
@@ -87,24 +90,24 @@ def _sinkhorn_router(
     return index, jax.nn.sigmoid(_take(logits, index))
 
 
-def _switch_router(
-    logits: jax.Array, config: MoeConfig, training: bool, mask: jax.Array | None
-) -> tuple[jax.Array, jax.Array]:
+def _switch_router(logits: Scores, config: MoeConfig, training: bool, mask: Mask | None) -> tuple[Index, Gate]:
     index = jnp.argmax(logits, axis=-1)[:, None]
     return index, _take(jax.nn.softmax(logits), index)
 
 
-def _topk_router(
-    logits: jax.Array, config: MoeConfig, training: bool, mask: jax.Array | None
-) -> tuple[jax.Array, jax.Array]:
+def _topk_router(logits: Scores, config: MoeConfig, training: bool, mask: Mask | None) -> tuple[Index, Gate]:
     _, index = jax.lax.top_k(jax.lax.stop_gradient(logits), config.top_k)
     gate = _take(jax.nn.softmax(logits), index)
     return index, gate / gate.sum(axis=-1, keepdims=True) if config.normalize_gates else gate
 
 
 def sinkhorn(
-    logits: jax.Array, iterations: int, *, temperature: float = 1.0, mask: jax.Array | None = None
-) -> jax.Array:
+    logits: Scores,
+    iterations: int | Array,
+    *,
+    temperature: float | Array = 1.0,
+    mask: Mask | None = None,
+) -> Scores:
     """The logarithm of the balanced plan: rows sum to 1/T', columns to 1/X, T' being the number of unmasked tokens.
 
     Ends on a row update, so rows are exact to rounding and what is left of the imbalance is in the columns. Masked
@@ -141,7 +144,7 @@ def sinkhorn(
     count = valid.sum().astype(scores.dtype)
     log_share = jnp.log(count) - math.log(experts)  # tokens an expert should get
 
-    def iterate(_: int, column: jax.Array) -> jax.Array:
+    def iterate(_: int | Array, column: PerExpert) -> PerExpert:
         log_p = jax.nn.log_softmax(scores + column[:, None], axis=0)
         log_load = jax.nn.logsumexp(jnp.where(valid, log_p, -jnp.inf), axis=1)
         return column + (log_share - log_load)
@@ -153,19 +156,19 @@ def sinkhorn(
     return (plan if mask is None else jnp.where(mask, plan, -jnp.inf)).T
 
 
-def jitter(x: jax.Array, key: jax.Array, amount: float) -> jax.Array:
+def jitter(x: Array, key: Array, amount: float | Array) -> Array:
     """`x` times independent uniform noise in [1 - amount, 1 + amount] (Fedus et al., section 2.2)."""
     noise = jax.random.uniform(key, x.shape, _compute_type(x), 1 - amount, 1 + amount)
     return (x * noise).astype(x.dtype)
 
 
-def _statistics(logits: jax.Array, index: jax.Array, config: MoeConfig, mask: jax.Array | None) -> Statistics:
+def _statistics(logits: Scores, index: Index, config: MoeConfig, mask: Mask | None) -> Statistics:
     """Statistics and losses; a load-balance loss equals its coefficient when probabilities and load are uniform."""
     tokens, experts = logits.shape
     weight = jnp.ones(tokens, logits.dtype) if mask is None else mask.astype(logits.dtype)
     count = jnp.maximum(weight.sum(), 1)
 
-    def mean(values: jax.Array) -> jax.Array:
+    def mean(values: Array) -> Array:
         return jnp.tensordot(weight, values, 1, precision="highest") / count  # default precision is lower on TPU
 
     log_p = jax.nn.log_softmax(logits)
@@ -180,11 +183,11 @@ def _statistics(logits: jax.Array, index: jax.Array, config: MoeConfig, mask: ja
     return Statistics(load, entropy, jnp.zeros((), logits.dtype), loss)
 
 
-def _take(values: jax.Array, index: jax.Array) -> jax.Array:
+def _take(values: Scores, index: Index) -> Gate:
     """`values[t, index[t, k]]` as a masked sum, whose gradient needs no scatter. `[T, X]`, `[T, K]` -> `[T, K]`."""
     chosen = index[:, :, None] == jnp.arange(values.shape[1])
     return jnp.where(chosen, values[:, None, :], 0).sum(axis=-1)
 
 
-def _compute_type(x: jax.Array) -> jnp.dtype:
+def _compute_type(x: Array) -> jnp.dtype:
     return jnp.promote_types(x.dtype, jnp.float32)

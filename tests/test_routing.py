@@ -12,25 +12,36 @@ from bm_jax.config import MoeConfig
 from bm_jax.routing import jitter
 
 SINKHORN = MoeConfig()
+LOSSES = {"load_balance_loss": 0.01, "router_z_loss": 0.001}
 ROUTERS = [
-    SINKHORN,
-    MoeConfig(router="switch"),
-    MoeConfig(router="topk", top_k=2),
-    MoeConfig(router="topk", top_k=3, normalize_gates=True),
+    MoeConfig(**LOSSES),
+    MoeConfig(router="switch", **LOSSES),
+    MoeConfig(router="topk", top_k=2, **LOSSES),
+    MoeConfig(router="topk", top_k=3, normalize_gates=True, **LOSSES),
 ]
-# Compiled once a shape: an eager call would compile every operation in it.
-route = jax.jit(routing_module.route, static_argnames=("config", "training"))
-sinkhorn = jax.jit(routing_module.sinkhorn, static_argnames=("iterations", "temperature"))
 identify = functools.partial(pytest.mark.parametrize, "config", ids=lambda c: f"{c.router}{c.top_k}")
 
+# Compiling is most of the time here, so tests share compiled functions, and most shapes are [TOKENS, 8].
+TOKENS = 300
+EVERY = jnp.ones(TOKENS, bool)
+route = jax.jit(routing_module.route, static_argnames=("config", "training"))
+sinkhorn = jax.jit(routing_module.sinkhorn)
 
-def draw(seed, tokens, experts=8, sd=2.0, bias_sd=2.0, dtype=np.float32):
+
+@functools.partial(jax.jit, static_argnames=("config", "training"))
+def gradient(logits, gate_weight, loss_weight, config, training=True, mask=EVERY):
+    """Gradient of `sum(gate_weight * gate) + loss_weight * loss` with respect to the logits."""
+
+    def objective(x):
+        routing = routing_module.route(x, config, training=training, mask=mask)
+        return jnp.sum(gate_weight * routing.gate) + loss_weight * routing.statistics.loss
+
+    return jax.grad(objective)(logits)
+
+
+def draw(seed, tokens=TOKENS, experts=8, sd=2.0, bias_sd=2.0, dtype=np.float32):
     rng = np.random.default_rng(seed)
     return (sd * rng.normal(size=(tokens, experts)) + bias_sd * rng.normal(size=experts)).astype(dtype)
-
-
-def gradient_of(function):
-    return jax.jit(jax.grad(function))
 
 
 def numpy_softmax(x):
@@ -61,18 +72,19 @@ def balance(log_plan):
     return error, np.bincount(log_plan.argmax(axis=1), minlength=experts).max() * experts / tokens
 
 
-@functools.partial(jax.jit, static_argnames=("temperature", "iterations"))
-def plans(logits, temperature=1.0, iterations=SINKHORN.sinkhorn_iterations):
-    return jax.lax.map(lambda x: sinkhorn(x, iterations, temperature=temperature), logits)
+@jax.jit
+def plans(logits, temperature):
+    """The plan of each batch at the default iteration count."""
+    count = SINKHORN.sinkhorn_iterations
+    return jax.lax.map(lambda x: routing_module.sinkhorn(x, count, temperature=temperature), logits)
 
 
 # Sinkhorn
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.5, 3.0])
-@pytest.mark.parametrize("experts", [2, 5, 8])
+@pytest.mark.parametrize(("experts", "temperature"), [(2, 1.0), (8, 1.0), (8, 0.5), (8, 3.0)])
 def test_sinkhorn_converges_to_the_numpy_plan(experts, temperature):
-    logits = draw(0, 257, experts)
+    logits = draw(0, TOKENS, experts)
     expected = numpy_sinkhorn(logits / temperature)
     actual = np.asarray(sinkhorn(jnp.asarray(logits), 200, temperature=temperature))
     assert actual.dtype == np.float32
@@ -90,8 +102,8 @@ def test_each_iteration_is_a_row_then_a_column_scaling():
         plan = rows / (8 * rows.sum(axis=0, keepdims=True))
 
 
-BOUNDS = [("mild", 512, 60), ("hard", 512, 60), ("mild", 4096, 10), ("hard", 4096, 10), ("mild", 16384, 4),
-          ("hard", 16384, 8), ("mild", 65536, 1), ("hard", 65536, 2)]  # fmt: skip
+BOUNDS = [("mild", 512, 60), ("hard", 512, 60), ("mild", 4096, 10), ("hard", 4096, 10), ("mild", 16384, 6),
+          ("hard", 16384, 6), ("mild", 65536, 2), ("hard", 65536, 2)]  # fmt: skip
 
 
 @pytest.mark.parametrize("temperature", sorted({SINKHORN.sinkhorn_temperature, 0.5, 1.0}))
@@ -145,21 +157,21 @@ def test_iteration_count_is_fixed():
 
 
 def test_sinkhorn_training_takes_its_index_from_the_plan_and_its_gate_from_the_sigmoid():
-    logits = draw(5, 512)
+    logits = draw(5)
     routing = route(jnp.asarray(logits), SINKHORN, training=True)
     plan = sinkhorn(
         jnp.asarray(logits), SINKHORN.sinkhorn_iterations, temperature=SINKHORN.sinkhorn_temperature
     )  # fmt: skip
     index = np.asarray(plan).argmax(axis=1)
-    assert routing.index.shape == routing.gate.shape == (512, 1)
+    assert routing.index.shape == routing.gate.shape == (TOKENS, 1)
     assert (routing.index.dtype, routing.gate.dtype) == (jnp.int32, jnp.float32)
     np.testing.assert_array_equal(routing.index[:, 0], index)
-    np.testing.assert_allclose(routing.gate[:, 0], numpy_sigmoid(logits)[np.arange(512), index], rtol=1e-6)
+    np.testing.assert_allclose(routing.gate[:, 0], numpy_sigmoid(logits)[np.arange(TOKENS), index], rtol=1e-6)
     assert (index != logits.argmax(axis=1)).mean() > 0.2, "these logits need balancing, so gates are not all the best"
 
 
 def test_sinkhorn_inference_is_the_largest_sigmoid_of_each_token_alone():
-    logits = draw(6, 512)
+    logits = draw(6)
     routing = route(jnp.asarray(logits), SINKHORN, training=False)
     np.testing.assert_array_equal(routing.index[:, 0], logits.argmax(axis=1))
     np.testing.assert_allclose(routing.gate[:, 0], numpy_sigmoid(logits).max(axis=1), rtol=1e-6)
@@ -199,48 +211,60 @@ def test_topk_takes_the_best_of_a_softmax_over_all_experts(k, normalize):
 # Gradients
 
 
-def test_gradient_reaches_the_logits_only_through_the_chosen_sigmoid():
-    logits = jnp.asarray(draw(9, 128))
-    weight = jnp.asarray(np.random.default_rng(0).normal(size=(128, 1)), jnp.float32)
-    for training in (True, False):
-        index = route(logits, SINKHORN, training=training).index
-        actual = gradient_of(lambda x, t=training: (weight * route(x, SINKHORN, training=t).gate).sum())(logits)
-        expected = gradient_of(lambda x, i=index: (weight * jnp.take_along_axis(jax.nn.sigmoid(x), i, axis=1)).sum())(
-            logits
-        )
-        np.testing.assert_allclose(actual, expected, rtol=1e-6, atol=1e-9)
+@pytest.mark.parametrize("training", [True, False])
+def test_gradient_reaches_the_logits_only_through_the_chosen_sigmoid(training):
+    logits = draw(9)
+    weight = np.random.default_rng(0).normal(size=(TOKENS, 1)).astype(np.float32)
+    index = np.asarray(route(logits, ROUTERS[0], training=training, mask=EVERY).index)
+
+    @jax.grad
+    def expected(x):
+        return (weight * jnp.take_along_axis(jax.nn.sigmoid(x), index, axis=1)).sum()
+
+    actual = gradient(logits, weight, 0.0, ROUTERS[0], training)
+    np.testing.assert_allclose(actual, expected(jnp.asarray(logits)), rtol=1e-5, atol=1e-9)
 
 
-@pytest.mark.parametrize("normalize", [False, True])
-def test_gradient_of_topk_gates(normalize):
-    logits = jnp.asarray(draw(10, 64))
-    config = MoeConfig(router="topk", top_k=2, normalize_gates=normalize)
-    index = route(logits, config, training=True).index
+@identify(ROUTERS[1:])
+def test_gradient_of_softmax_gates(config):
+    logits = draw(10)
+    weight = np.random.default_rng(0).normal(size=(TOKENS, config.top_k)).astype(np.float32)
+    index = np.argsort(-logits, axis=1)[:, : config.top_k]
 
+    @jax.grad
     def expected(x):
         gate = jnp.take_along_axis(jax.nn.softmax(x), index, axis=1)
-        gate = gate / gate.sum(axis=1, keepdims=True) if normalize else gate
-        return (gate * jnp.array([1.0, -2.0])).sum()
+        gate = gate / gate.sum(axis=1, keepdims=True) if config.normalize_gates else gate
+        return (weight * gate).sum()
 
-    actual = gradient_of(lambda x: (route(x, config, training=True).gate * jnp.array([1.0, -2.0])).sum())(logits)
-    np.testing.assert_allclose(actual, gradient_of(expected)(logits), rtol=1e-4, atol=1e-6)
+    actual = gradient(logits, weight, 0.0, config)
+    np.testing.assert_allclose(actual, expected(jnp.asarray(logits)), rtol=1e-4, atol=1e-6)
 
 
 def test_statistics_other_than_the_loss_carry_no_gradient():
+    @jax.grad
     def total(x):
-        statistics = route(x, MoeConfig(load_balance_loss=0.1), training=True).statistics
+        statistics = route(x, ROUTERS[0], training=True, mask=EVERY).statistics
         return statistics.load[0] + statistics.entropy + statistics.dropped
 
-    np.testing.assert_array_equal(gradient_of(total)(jnp.asarray(draw(11, 32))), 0)
+    np.testing.assert_array_equal(total(jnp.asarray(draw(11))), 0)
 
 
 # Statistics and losses
 
 
+def numpy_losses(logits, index):
+    """Load-balance loss and z-loss, before their coefficients."""
+    p = numpy_softmax(logits.astype(np.float64))
+    fraction = np.bincount(np.asarray(index).ravel(), minlength=8) / index.size
+    z = np.log(np.exp(logits.astype(np.float64)).sum(axis=1)) ** 2
+    return 8 * (p.mean(axis=0) * fraction).sum(), z.mean()
+
+
 @identify(ROUTERS)
-def test_statistics(config):
-    logits = draw(12, 300)
-    routing = route(jnp.asarray(logits), config, training=True)
+def test_statistics_and_losses(config):
+    logits = draw(12)
+    routing = route(logits, config, training=True, mask=EVERY)
     p = numpy_softmax(logits.astype(np.float64))
     statistics = routing.statistics
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(statistics))
@@ -249,33 +273,35 @@ def test_statistics(config):
     np.testing.assert_allclose(statistics.load.sum(), 1, rtol=1e-6)
     np.testing.assert_allclose(statistics.entropy, -(p * np.log(p)).sum(axis=1).mean(), rtol=1e-5)
     assert statistics.dropped == 0
-    assert statistics.loss == 0
+    balance_loss, z_loss = numpy_losses(logits, routing.index)
+    np.testing.assert_allclose(statistics.loss, 0.01 * balance_loss + 0.001 * z_loss, rtol=1e-5)
 
 
-@identify(ROUTERS)
-def test_losses(config):
-    logits = draw(13, 300)
-    base = {"router": config.router, "top_k": config.top_k, "normalize_gates": config.normalize_gates}
-    mask = np.arange(300) % 3 != 0
-    x, m = jnp.asarray(logits), jnp.asarray(mask)
-    routing = route(x, MoeConfig(**base, load_balance_loss=0.01), training=True, mask=m)
-    p = numpy_softmax(logits[mask].astype(np.float64))
-    fraction = np.bincount(np.asarray(routing.index)[mask].ravel(), minlength=8) / (mask.sum() * config.top_k)
-    balance_loss = 8 * 0.01 * (p.mean(axis=0) * fraction).sum()
-    np.testing.assert_allclose(routing.statistics.loss, balance_loss, rtol=1e-5)
-    z = 0.001 * (np.log(np.exp(logits[mask].astype(np.float64)).sum(axis=1)) ** 2).mean()
-    actual = route(x, MoeConfig(**base, router_z_loss=0.001), training=True, mask=m).statistics.loss
-    np.testing.assert_allclose(actual, z, rtol=1e-5)
-    both = MoeConfig(**base, load_balance_loss=0.01, router_z_loss=0.001)
-    np.testing.assert_allclose(route(x, both, training=True, mask=m).statistics.loss, z + balance_loss, rtol=1e-5)
-    gradient = gradient_of(lambda x: route(x, both, training=True, mask=m).statistics.loss)(x)
-    assert np.abs(gradient[mask]).max() > 0
-    np.testing.assert_array_equal(gradient[~mask], 0)
+def test_each_loss_alone():
+    logits = draw(13)
+    balance_loss, z_loss = numpy_losses(logits, logits.argmax(axis=1))
+    for settings, expected in [
+        ({"load_balance_loss": 0.5}, 0.5 * balance_loss),
+        ({"router_z_loss": 0.25}, 0.25 * z_loss),
+        ({}, 0),
+    ]:
+        config = MoeConfig(router="switch", **settings)
+        np.testing.assert_allclose(route(logits, config, training=True).statistics.loss, expected, rtol=1e-5)
+
+
+def test_gradient_of_the_losses():
+    logits = draw(14, dtype=np.float64)
+    p = numpy_softmax(logits)
+    fraction = np.bincount(logits.argmax(axis=1), minlength=8) / TOKENS
+    balance_loss = 8 * p * (fraction - (p * fraction).sum(axis=1, keepdims=True)) / TOKENS
+    z_loss = 2 * np.log(np.exp(logits).sum(axis=1, keepdims=True)) * p / TOKENS
+    actual = gradient(logits.astype(np.float32), np.zeros((TOKENS, 1), np.float32), 1.0, ROUTERS[1])
+    np.testing.assert_allclose(actual, 0.01 * balance_loss + 0.001 * z_loss, rtol=1e-4, atol=1e-9)
 
 
 @pytest.mark.parametrize("k", [1, 2])
 def test_load_balance_loss_is_its_coefficient_at_perfect_balance(k):
-    logits = jnp.tile(3 * jnp.eye(8) + 2 * jnp.roll(jnp.eye(8), 1, axis=1), (4, 1))
+    logits = np.tile(3 * np.eye(8) + 2 * np.roll(np.eye(8), 1, axis=1), (4, 1)).astype(np.float32)
     config = MoeConfig(router="topk", top_k=k, load_balance_loss=0.25)
     np.testing.assert_allclose(route(logits, config, training=True).statistics.loss, 0.25, rtol=1e-6)
 
@@ -283,60 +309,56 @@ def test_load_balance_loss_is_its_coefficient_at_perfect_balance(k):
 # Mask
 
 
-@identify(ROUTERS)
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    ("config", "training"),
+    [(ROUTERS[0], True), (ROUTERS[0], False), (ROUTERS[1], True), (ROUTERS[3], True)],
+    ids=["sinkhorn", "sinkhorn-inference", "switch", "topk"],
+)
 def test_mask_equals_removing_the_tokens(config, training):
-    logits = draw(14, 400)
-    mask = np.random.default_rng(1).random(400) < 0.6
+    logits = draw(15)
+    mask = np.random.default_rng(1).random(TOKENS) < 0.6
     dirty = np.where(mask[:, None], logits, np.nan)
-    config = MoeConfig(
-        router=config.router, top_k=config.top_k, normalize_gates=config.normalize_gates,
-        load_balance_loss=0.01, router_z_loss=0.01,
-    )  # fmt: skip
-    masked = route(jnp.asarray(dirty), config, training=training, mask=jnp.asarray(mask))
-    alone = route(jnp.asarray(logits[mask]), config, training=training)
+    masked = route(dirty, config, training=training, mask=mask)
+    alone = route(logits[mask], config, training=training)
     np.testing.assert_array_equal(masked.index[mask], alone.index)
     np.testing.assert_allclose(masked.gate[mask], alone.gate, rtol=1e-5)
     np.testing.assert_array_equal(masked.gate[~mask], 0)
     for a, b in zip(masked.statistics, alone.statistics, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5)
-    gradient = gradient_of(lambda x: route(x, config, training=training, mask=jnp.asarray(mask)).gate.sum())
-    np.testing.assert_array_equal(gradient(jnp.asarray(dirty))[~mask], 0)
+    slope = gradient(dirty, np.ones((TOKENS, config.top_k), np.float32), 1.0, config, training, mask)
+    assert np.isfinite(slope).all()
+    assert np.any(np.asarray(slope)[mask] != 0)
+    np.testing.assert_array_equal(slope[~mask], 0)
 
 
 def test_masked_plan_equals_the_plan_of_the_rest():
-    logits = draw(15, 300)
-    mask = np.arange(300) < 123
-    masked = sinkhorn(jnp.asarray(logits), 8, mask=jnp.asarray(mask))
-    np.testing.assert_allclose(masked[:123], sinkhorn(jnp.asarray(logits[:123]), 8), rtol=1e-5, atol=1e-5)
+    logits = draw(16)
+    mask = np.arange(TOKENS) < 123
+    masked = sinkhorn(logits, 8, mask=mask)
+    np.testing.assert_allclose(masked[:123], sinkhorn(logits[:123], 8), rtol=1e-5, atol=1e-5)
     assert np.all(np.asarray(masked[123:]) == -np.inf)
 
 
 @identify(ROUTERS)
-def test_all_tokens_masked_gives_zeros(config):
-    losses = MoeConfig(
-        router=config.router, top_k=config.top_k, normalize_gates=config.normalize_gates,
-        load_balance_loss=0.01, router_z_loss=0.01,
-    )  # fmt: skip
-    mask = jnp.zeros(32, bool)
-    for logits in (jnp.asarray(draw(16, 32)), jnp.full((32, 8), jnp.nan)):
-        routing = route(logits, losses, training=True, mask=mask)
-        assert np.all((np.asarray(routing.index) >= 0) & (np.asarray(routing.index) < 8))
-        for leaf in (routing.gate, *routing.statistics):
-            np.testing.assert_array_equal(leaf, 0)
-        gradient = gradient_of(lambda x: route(x, losses, training=True, mask=mask).statistics.loss)(logits)
-        np.testing.assert_array_equal(gradient, 0)
+@pytest.mark.parametrize("fill", [1.0, np.nan])
+def test_all_tokens_masked_gives_zeros(config, fill):
+    logits = fill * draw(17)
+    routing = route(logits, config, training=True, mask=~EVERY)
+    assert np.all((np.asarray(routing.index) >= 0) & (np.asarray(routing.index) < 8))
+    for leaf in (routing.gate, *routing.statistics):
+        np.testing.assert_array_equal(leaf, 0)
+    weight = np.ones((TOKENS, config.top_k), np.float32)
+    np.testing.assert_array_equal(gradient(logits, weight, 1.0, config, True, ~EVERY), 0)
 
 
 # Edges, types and transformations
 
 
 @identify([SINKHORN, MoeConfig(router="switch"), MoeConfig(router="topk")])
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("shape", [(1, 1), (1, 8), (5, 1), (3, 8)])
-def test_one_expert_or_few_tokens(config, training, shape):
-    logits = jnp.asarray(draw(17, *shape))
-    routing = route(logits, config, training=training)
+@pytest.mark.parametrize("shape", [(1, 1), (1, 8), (5, 1)])
+def test_one_expert_or_few_tokens(config, shape):
+    logits = jnp.asarray(draw(18, *shape))
+    routing = route(logits, config, training=True)
     assert routing.index.shape == (shape[0], 1)
     assert np.all((np.asarray(routing.index) >= 0) & (np.asarray(routing.index) < shape[1]))
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(routing))
@@ -346,34 +368,33 @@ def test_one_expert_or_few_tokens(config, training, shape):
 
 
 def test_bfloat16_logits_are_computed_in_float32():
-    logits = jnp.asarray(draw(18, 64)).astype(jnp.bfloat16)
-    for config in ROUTERS:
-        actual = route(logits, config, training=True)
-        jax.tree.map(np.testing.assert_array_equal, actual, route(logits.astype(jnp.float32), config, training=True))
-        assert actual.gate.dtype == jnp.float32
-    assert sinkhorn(logits, 4).dtype == jnp.float32
+    logits = jnp.asarray(draw(19)).astype(jnp.bfloat16)
+    actual = route(logits, ROUTERS[0], training=True, mask=EVERY)
+    expected = route(logits.astype(jnp.float32), ROUTERS[0], training=True, mask=EVERY)
+    np.testing.assert_array_equal(actual.index, expected.index)
+    np.testing.assert_allclose(actual.gate, expected.gate, rtol=1e-6)
+    assert all(leaf.dtype == jnp.float32 for leaf in (actual.gate, *actual.statistics))
 
 
 def test_float64_logits_stay_float64():
     with jax.enable_x64(True):
-        logits = draw(19, 128, dtype=np.float64)
-        plan = sinkhorn(jnp.asarray(logits), 100)
+        logits = draw(20, dtype=np.float64)
+        plan = sinkhorn(logits, 150)
         assert plan.dtype == jnp.float64
         np.testing.assert_allclose(np.exp(plan), numpy_sinkhorn(logits), rtol=1e-11)
-        for config in ROUTERS:
-            routing = route(jnp.asarray(logits), config, training=True, mask=jnp.arange(128) < 100)
+        for config in (ROUTERS[0], ROUTERS[2]):
+            routing = route(logits, config, training=True, mask=EVERY)
             assert routing.index.dtype == jnp.int32
             assert all(leaf.dtype == jnp.float64 for leaf in (routing.gate, *routing.statistics))
 
 
-@identify(ROUTERS)
-def test_jit_and_vmap(config):
-    logits = jnp.asarray(np.stack([draw(20 + i, 96) for i in range(3)]))
-    mask = jnp.asarray(np.random.default_rng(2).random((3, 96)) < 0.8)
-    one = functools.partial(route, config=config, training=True)
-    batched = jax.jit(jax.vmap(lambda x, m: one(x, mask=m)))(logits, mask)
+@identify([ROUTERS[0], ROUTERS[3]])
+def test_vmap(config):
+    logits = np.stack([draw(21 + i) for i in range(3)])
+    mask = np.random.default_rng(2).random((3, TOKENS)) < 0.8
+    batched = jax.vmap(lambda x, m: route(x, config, training=True, mask=m))(logits, mask)
     for i in range(3):
-        expected = one(logits[i], mask=mask[i])
+        expected = route(logits[i], config, training=True, mask=mask[i])
         np.testing.assert_array_equal(batched.index[i], expected.index)
         jax.tree.map(lambda a, b, i=i: np.testing.assert_allclose(a[i], b, rtol=1e-5, atol=1e-7), batched, expected)
 
