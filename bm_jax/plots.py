@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sized
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,13 +32,12 @@ def plot_losses(metrics: Rows, path: str | os.PathLike) -> None:
     axes = figure.add_subplot()
     labels = []
     if training:
-        axes.plot(*zip(*training, strict=True), color="0.55", linewidth=1.2)
+        axes.plot(*zip(*training, strict=True), color="0.55", linewidth=1.2, marker=_marker(training))
         labels.append((*training[-1], f"training {training[-1][1]:.3f}", "0.4"))
     if validation:
         axes.plot(*zip(*validation, strict=True), color="black", linewidth=1.6, marker="o", markersize=4)
         labels.append((*validation[-1], f"validation {validation[-1][1]:.3f}", "black"))
     axes.set(title="Loss", xlabel="step", ylabel="nats per token")
-    axes.set_xlim(left=0)
     _finish(axes)
     _label_ends(axes, labels)
     figure.savefig(path, dpi=150)
@@ -74,8 +74,8 @@ def plot_expert_load(metrics: Rows, path: str | os.PathLike) -> None:
     busiest = loads.max(axis=-1)
     labels = []
     for layer in range(layers):
-        shade = str(0.75 * (1 - layer / max(layers - 1, 1)))
-        right.plot(steps, busiest[:, layer], color=shade, linewidth=1.2, marker="o" if len(steps) == 1 else None)
+        shade = str(0.6 * (1 - layer / max(layers - 1, 1)))  # the deeper, the darker
+        right.plot(steps, busiest[:, layer], color=shade, linewidth=1.2, marker=_marker(steps))
         labels.append((steps[-1], busiest[-1, layer], f"layer {layer}: {busiest[-1, layer]:.2f}", shade))
     right.set(title="Busiest expert", xlabel="step", ylabel="load (1 = equal share)")
     right.set_ylim(bottom=1)
@@ -95,11 +95,21 @@ def _series(metrics: Rows, name: str) -> list[tuple[int, Any]]:
 def _figure(width: float, height: float) -> Figure:
     """A figure of its own, drawn by Agg whatever backend the process uses (savefig of a bare Figure is Agg)."""
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    return Figure(figsize=(width, height), layout="constrained")
+    return Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(wspace=0.06))
+
+
+def _marker(points: Sized) -> str | None:
+    """A dot where there is no line to see."""
+    return "o" if len(points) == 1 else None
 
 
 def _finish(axes: Axes) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_xlim(0, axes.dataLim.x1)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="0.9", linewidth=0.8)
     axes.set_axisbelow(True)
