@@ -211,8 +211,9 @@ def _run_in_processes(
             finished, waiting = concurrent.futures.wait(waiting, 0.2, concurrent.futures.FIRST_COMPLETED)
             for future in finished:
                 future.result()
-            bar.update(read.value - shown)
-            shown = read.value
+            now = read.value  # once: the workers go on counting
+            bar.update(now - shown)
+            shown = now
         return {number: future.result() for future, number in futures.items()}
     except BrokenProcessPool as error:
         raise DataError(

@@ -93,4 +93,6 @@ class Windows(Sequence[dict[str, np.ndarray]]):
         start = index * self._length
         tokens, segment_ids = self._stream.read(start, min(start + self._length + 1, self._stream.tokens))
         padding = self._length + 1 - len(tokens)
-        return {"tokens": np.pad(tokens, (0, padding)), "segment_ids": np.pad(segment_ids, (0, padding))}
+        if padding:
+            tokens, segment_ids = np.pad(tokens, (0, padding)), np.pad(segment_ids, (0, padding))
+        return {"tokens": tokens, "segment_ids": segment_ids}
