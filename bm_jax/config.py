@@ -128,9 +128,10 @@ class MoeConfig:
     """Divide the `top_k` gates by their sum (Mixtral does, Jamba does not)."""
     capacity_factor: float | None = None
     """None routes without dropping; c gives each expert room for ceil(c * tokens * top_k / experts) tokens in training."""
-    sinkhorn_iterations: int = 16
-    sinkhorn_temperature: float = 1.0
-    """Logits are divided by this before Sinkhorn (1 as in Megatron, 0.5 equals Zyphra's factor of 2)."""
+    sinkhorn_iterations: int = 8
+    sinkhorn_temperature: float = 0.5
+    """Logits are divided by this before Sinkhorn: 0.5 is Zyphra's factor of 2, 1 is Megatron's. Sharper plans round to
+    better balanced choices: see the table in `bm_jax.routing`."""
     load_balance_loss: float = 0.0
     router_z_loss: float = 0.0
     input_jitter: float = 0.0
@@ -147,6 +148,8 @@ class MoeConfig:
             raise ConfigError(f"MoeConfig.top_k is {self.top_k} but router {self.router!r} is top-1; use router 'topk'")
         if self.sinkhorn_temperature <= 0:
             raise ConfigError(f"MoeConfig.sinkhorn_temperature must be positive, got {self.sinkhorn_temperature}")
+        if self.normalize_gates and self.top_k == 1:
+            raise ConfigError("MoeConfig.normalize_gates with top_k 1 makes every gate 1, so the router would never learn")
         if self.capacity_factor is not None and not self.capacity_factor > 0:
             raise ConfigError(f"MoeConfig.capacity_factor must be positive or None, got {self.capacity_factor}")
 
@@ -161,7 +164,7 @@ class ModelConfig:
 
     layers: tuple[str, ...] = ("mamba", "moe")
     repeats: int = 3
-    vocab_size: int = 256
+    vocab_size: int = 264
     """Rows of the embedding; a tokenizer may use fewer ids, the rest are padding and are never sampled."""
     width: int = 128
     mamba: MambaConfig = MambaConfig()

@@ -108,10 +108,22 @@ def run_experts(
         group_sizes = jnp.minimum(wanted, capacity)
         dropped = 1 - jnp.sum(group_sizes) / jnp.maximum(jnp.sum(wanted), 1)
 
-    rows = tokens[order // K]
+    place = jnp.argsort(order)
+    rows = permute(jnp.repeat(tokens, K, axis=0), order, place)
     w_in, w_out = (parameters[name].astype(tokens.dtype) for name in ("w_in", "w_out"))
     hidden = grouped_matmul(rows, w_in.reshape(X, w_in.shape[1], -1), group_sizes)
     hidden = activate(hidden.reshape(-1, *w_in.shape[2:]), config.activation)
-    out = grouped_matmul(hidden, w_out, group_sizes)
-    out = out[jnp.argsort(order)].reshape(T, K, -1)
+    out = permute(grouped_matmul(hidden, w_out, group_sizes), place, order).reshape(T, K, -1)
     return jnp.sum(out * routing.gate[..., None].astype(out.dtype), axis=1), dropped
+
+
+@jax.custom_vjp
+def permute(x: Array, order: Array, inverse: Array) -> Array:
+    """x[order] along the first axis, for a permutation and its inverse; the gradient is a gather too, not a scatter."""
+    return x[order]
+
+
+permute.defvjp(
+    lambda x, order, inverse: (x[order], inverse),
+    lambda inverse, cotangent: (cotangent[inverse], None, None),
+)

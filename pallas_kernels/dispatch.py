@@ -17,7 +17,7 @@ def resolve(operator: str, implementation: str | None, table: Mapping[str, Calla
     Raises:
         NotImplementedError: `implementation` (or the override) is not one of the operator's implementations.
     """
-    name = implementation or os.environ.get(OVERRIDE)
+    name = (os.environ.get(OVERRIDE) or None) if implementation is None else implementation
     if name is None:
         return next(iter(table.values()))
     if name not in table:

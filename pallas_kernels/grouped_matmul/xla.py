@@ -1,8 +1,10 @@
-"""The grouped product in plain XLA: one batched product when the groups are near balance, `lax.ragged_dot` otherwise.
+"""The grouped product in plain XLA: one dense batched product when loads allow it, a slower form for any load otherwise.
 
 XLA's ragged product runs far below the speed of a dense one on CPUs and GPUs. Routing that works keeps groups near the
-mean, so groups are first tried padded to `SLACK` times the mean, as one dense batched product. Larger groups take the
-ragged product: same result, any load. Both directions decide at run time, inside the compiled program.
+mean, so groups are first tried padded to `SLACK` times the mean (`_Padded`). When one is larger, the rows are cut into
+blocks of one group each on CPUs (`_Blocked`) and given to `lax.ragged_dot` elsewhere. The program decides while it runs.
+
+Padding and its undoing are both gathers, forward and backward: scatters are slow on CPUs and need atomics on GPUs.
 """
 
 from __future__ import annotations
@@ -14,47 +16,97 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 SLACK = 1.25
-MULTIPLE = 8
+BLOCK_ROWS = 64
+
+
+class _Slots:
+    """Rows in slots `[blocks, capacity]`, each block of one group; rows of no group have no slot and come back as zero."""
+
+    def __init__(self, row: Array, filled: Array, slot: Array, placed: Array, group: Array | None) -> None:
+        self.row, self.filled, self.slot, self.placed, self.group = row, filled, slot, placed, group
+
+    def spread(self, rows: Array) -> Array:
+        """`[T, K]` to `[blocks, capacity, K]`, zero in empty slots."""
+        return jnp.where(self.filled[..., None], rows[self.row], 0)
+
+    def collect(self, blocks: Array) -> Array:
+        """`[blocks, capacity, N]` to `[T, N]`."""
+        return jnp.where(self.placed[:, None], blocks.reshape(-1, blocks.shape[-1])[self.slot], 0)
+
+    def matrices(self, rhs: Array) -> Array:
+        """The matrix of each block."""
+        return rhs if self.group is None else rhs[self.group]
+
+    def product(self, lhs: Array, rhs: Array) -> Array:
+        return self.collect(jnp.einsum("xck,xkn->xcn", self.spread(lhs), self.matrices(rhs)))
+
+    def gradients(self, lhs: Array, rhs: Array, d_out: Array) -> tuple[Array, Array]:
+        spread = self.spread(d_out)
+        d_lhs = self.collect(jnp.einsum("xcn,xkn->xck", spread, self.matrices(rhs)))
+        d_rhs = jnp.einsum("xck,xcn->xkn", self.spread(lhs), spread)
+        if self.group is not None:
+            # A product with the blocks' one-hot groups: deterministic, and fast where a scatter is not.
+            owner = (jnp.arange(len(rhs))[:, None] == self.group).astype(d_rhs.dtype)
+            d_rhs = jnp.tensordot(owner, d_rhs, axes=1)
+        return d_lhs, d_rhs
+
+
+def _padded(rows: int, group_sizes: Array) -> _Slots:
+    """One block a group, of the same capacity: right only when no group is larger than that."""
+    capacity = _capacity(rows, len(group_sizes))
+    ends = jnp.cumsum(group_sizes)
+    starts = ends - group_sizes
+    row = jnp.minimum(starts[:, None] + jnp.arange(capacity), rows - 1)
+    filled = jnp.arange(capacity) < group_sizes[:, None]
+    group, placed = _group_of_row(rows, ends)
+    slot = group * capacity + jnp.clip(jnp.arange(rows) - starts[group], 0, capacity - 1)
+    return _Slots(row, filled, slot, placed, None)
+
+
+def _blocked(rows: int, group_sizes: Array) -> _Slots:
+    """Each group in as many blocks of a fixed number of rows as it needs."""
+    groups = len(group_sizes)
+    size = min(BLOCK_ROWS, max(1, rows // groups))
+    count = min(rows, rows // size + groups)
+    blocks = -(-group_sizes // size)
+    last_block, ends = jnp.cumsum(blocks), jnp.cumsum(group_sizes)
+    first_block, starts = last_block - blocks, ends - group_sizes
+    block = jnp.arange(count)
+    owner = jnp.minimum(jnp.searchsorted(last_block, block, side="right"), groups - 1)
+    within = (block - first_block[owner])[:, None] * size + jnp.arange(size)
+    filled = (within < group_sizes[owner][:, None]) & (block < last_block[-1])[:, None]
+    row = jnp.clip(starts[owner][:, None] + within, 0, rows - 1)
+    group, placed = _group_of_row(rows, ends)
+    slot = first_block[group] * size + jnp.arange(rows) - starts[group]
+    return _Slots(row, filled, jnp.clip(slot, 0, count * size - 1), placed, owner)
+
+
+def _group_of_row(rows: int, ends: Array) -> tuple[Array, Array]:
+    row = jnp.arange(rows)
+    group = jnp.minimum(jnp.searchsorted(ends, row, side="right"), len(ends) - 1)
+    return group, row < ends[-1]
 
 
 def _capacity(rows: int, groups: int) -> int:
     """Rows each group is padded to."""
-    return min(rows, math.ceil(SLACK * rows / groups / MULTIPLE) * MULTIPLE)
-
-
-def _batched(lhs: Array, rhs: Array, group_sizes: Array) -> Array:
-    """The product when no group is larger than the capacity."""
-    rows, groups = lhs.shape[0], rhs.shape[0]
-    capacity = _capacity(rows, groups)
-    ends = jnp.cumsum(group_sizes)
-    starts = ends - group_sizes
-    # Slot s of group x holds row starts[x] + s; slots past the group's end hold some other row, which nobody reads.
-    slots = jnp.minimum(starts[:, None] + jnp.arange(capacity), rows - 1)
-    filled = jnp.arange(capacity) < group_sizes[:, None]
-    padded = jnp.where(filled[..., None], lhs[slots], 0)
-    out = jnp.einsum("xck,xkn->xcn", padded, rhs)
-    row = jnp.arange(rows)
-    group = jnp.minimum(jnp.searchsorted(ends, row, side="right"), groups - 1)
-    slot = jnp.minimum(row - starts[group], capacity - 1)
-    rows_out = out.reshape(groups * capacity, -1)[group * capacity + slot]
-    return jnp.where((row < ends[-1])[:, None], rows_out, 0)
+    return min(rows, math.ceil(SLACK * rows / groups / 8) * 8)
 
 
 def _ragged(lhs: Array, rhs: Array, group_sizes: Array) -> Array:
-    """The product at any load."""
     out = lax.ragged_dot(lhs, rhs, group_sizes)
-    return jnp.where((jnp.arange(lhs.shape[0]) < jnp.sum(group_sizes))[:, None], out, 0)
-
-
-def _dispatch(lhs: Array, rhs: Array, group_sizes: Array, function) -> Array:
-    fits = jnp.max(group_sizes) <= _capacity(lhs.shape[0], rhs.shape[0])
-    return lax.cond(fits, lambda: function(_batched), lambda: function(_ragged))
+    return jnp.where((jnp.arange(len(lhs)) < jnp.sum(group_sizes))[:, None], out, 0)
 
 
 @jax.custom_vjp
 def grouped_matmul_xla(lhs: Array, rhs: Array, group_sizes: Array) -> Array:
     """`grouped_matmul` as a dense batched product where the loads allow it."""
-    return _dispatch(lhs, rhs, group_sizes, lambda product: product(lhs, rhs, group_sizes))
+    return _by_load(
+        group_sizes,
+        lambda slots, lhs, rhs: slots.product(lhs, rhs),
+        lambda lhs, rhs: _ragged(lhs, rhs, group_sizes),
+        lhs,
+        rhs,
+    )
 
 
 def _forward(lhs: Array, rhs: Array, group_sizes: Array):
@@ -64,10 +116,28 @@ def _forward(lhs: Array, rhs: Array, group_sizes: Array):
 def _backward(residuals, d_out: Array):
     lhs, rhs, group_sizes = residuals
 
-    def gradients(product):
-        return jax.vjp(lambda lhs, rhs: product(lhs, rhs, group_sizes), lhs, rhs)[1](d_out)
+    def ragged(lhs: Array, rhs: Array, d_out: Array) -> tuple[Array, Array]:
+        return jax.vjp(lambda lhs, rhs: _ragged(lhs, rhs, group_sizes), lhs, rhs)[1](d_out)
 
-    return *_dispatch(lhs, rhs, group_sizes, gradients), None
+    gradients = _by_load(
+        group_sizes, lambda slots, lhs, rhs, d_out: slots.gradients(lhs, rhs, d_out), ragged, lhs, rhs, d_out
+    )
+    return *gradients, None
 
 
 grouped_matmul_xla.defvjp(_forward, _backward)
+
+
+def _by_load(group_sizes: Array, in_slots, ragged, *arrays: Array):
+    """`in_slots(slots, *arrays)` or `ragged(*arrays)`, as the loads and the platform ask for."""
+    rows, groups = len(arrays[0]), len(group_sizes)
+
+    def any_load(*arrays: Array):
+        return lax.platform_dependent(
+            *arrays, cpu=lambda *arrays: in_slots(_blocked(rows, group_sizes), *arrays), default=ragged
+        )
+
+    if rows <= groups:
+        return any_load(*arrays)
+    fits = jnp.max(group_sizes) <= _capacity(rows, groups)
+    return lax.cond(fits, lambda *arrays: in_slots(_padded(rows, group_sizes), *arrays), any_load, *arrays)
