@@ -1,0 +1,352 @@
+"""Training: `fit(config)` joins data, model, optimizer, checkpoints and metrics.
+
+A run directory holds everything of a run:
+
+    config.json, tokenizer.json     what it trains, readable by `LanguageModel.load`
+    checkpoints/STEP                state, data position and configuration
+    metrics.jsonl, tensorboard/     one row a step
+    losses.png, expert_load.png     pictures, drawn at the end
+
+Started again with the same command, a run continues after its newest checkpoint as if it had never stopped: the state,
+the data position and the random keys are functions of the step alone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from bm_jax.checkpoint import Checkpoints, lock_run_directory
+from bm_jax.config import Config, ConfigError, to_dict
+from bm_jax.data.pipeline import Data, open_data
+from bm_jax.loss import LossSums
+from bm_jax.metrics import MetricsWriter, ProgressBar, device_peak_flops, model_flops_per_token, read_metrics
+from bm_jax.model import count_parameters
+from bm_jax.optimizer import learning_rate, make_optimizer
+from bm_jax.sharding import BATCH_AXES, batch_sharding, make_mesh
+from bm_jax.train_step import TrainState, init_state, make_eval_step, make_train_step, state_shardings
+
+
+class NonFiniteError(RuntimeError):
+    """Loss or gradients were not finite for `run.max_nonfinite_steps` steps in a row."""
+
+
+class Result(NamedTuple):
+    """What a call of `fit` reached."""
+
+    step: int
+    finished: bool
+    """False when it was interrupted; the same command continues."""
+    validation_loss: float | None
+    """Mean nats a token over the held-out windows of every source, at the last step."""
+    sample: str | None
+    """Prompt and text generated at the end."""
+
+
+def fit(config: Config) -> Result:
+    """Train until `config.run.steps`, from the newest checkpoint of the run directory if there is one.
+
+    SIGINT and SIGTERM save a checkpoint after the current step and return.
+
+    Raises:
+        ConfigError: the configuration does not fit the devices, the data, or the run that the directory holds.
+        RunDirectoryError: another process is using the run directory.
+        CheckpointError: checkpoints cannot be read, have another shape, or cannot be written.
+        NonFiniteError: training diverged; the last checkpoint is untouched.
+    """
+    tune_allocator()
+    directory = Path(config.run.directory)
+    mesh = make_mesh(config.mesh)
+    _check_batch(config, mesh)
+    data = open_data(config.data, config.model.vocab_size)
+    with lock_run_directory(directory), jax.set_mesh(mesh):
+        _check_same_run(config, directory)
+        run = Run(config, data, mesh)
+        keep = {"keep_last": config.run.keep_last, "keep_every": config.run.keep_every}
+        with Checkpoints(directory / "checkpoints", **keep) as checkpoints:
+            state, position = run.start(checkpoints)
+            first = int(state.step)
+            _write_description(config, data, directory)
+            with (
+                MetricsWriter(directory, first) as writer,
+                ProgressBar(config.run.steps, first) as bar,
+                Interrupt() as interrupt,
+            ):
+                run.announce(bar, first)
+                state = run.train(state, position, checkpoints, writer, bar, interrupt)
+        return run.finish(state)
+
+
+class Run:
+    """The compiled functions of one call of `fit`, and the loop that calls them."""
+
+    def __init__(self, config: Config, data: Data, mesh: jax.sharding.Mesh) -> None:
+        self.config, self.data, self.mesh = config, data, mesh
+        optimizer = make_optimizer(config.optimizer, config.run.steps)
+        self.schedule = learning_rate(config.optimizer, config.run.steps)
+        initialize = lambda: init_state(config, optimizer)  # noqa: E731
+        abstract = jax.eval_shape(initialize)
+        shardings = state_shardings(abstract, optimizer, mesh)
+        self.abstract = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings
+        )
+        self.initialize = jax.jit(initialize, out_shardings=shardings)
+        self.train_step = jax.jit(
+            make_train_step(config, optimizer), donate_argnums=0, out_shardings=(shardings, None)
+        )
+        self.eval_step = jax.jit(make_eval_step(config))
+        self.batch_sharding = batch_sharding(mesh)
+        self.last_validation: tuple[int, float | None] = (-1, None)
+
+    def start(self, checkpoints: Checkpoints) -> tuple[TrainState, dict[str, Any] | None]:
+        """The state to go on from and the data position, from the newest checkpoint or from scratch."""
+        restored = checkpoints.restore(self.abstract)
+        if restored is None:
+            return self.initialize(), None
+        return restored.state, restored.data_state
+
+    def announce(self, bar: ProgressBar, first: int) -> None:
+        """Say what is about to run."""
+        config, count = self.config, count_parameters(self.config.model)
+        devices = self.mesh.devices
+        bar.message(
+            f"{count.total:,} parameters, {count.active:,} active per token; {devices.size} x "
+            f"{devices.flat[0].device_kind}; {config.data.batch_size} x {config.data.sequence_length} tokens a step; "
+            + (f"continuing after step {first}" if first else "compiling the first step")
+        )
+
+    def train(
+        self,
+        state: TrainState,
+        position: dict[str, Any] | None,
+        checkpoints: Checkpoints,
+        writer: MetricsWriter,
+        bar: ProgressBar,
+        interrupt: Interrupt,
+    ) -> TrainState:
+        """Step until the end or an interrupt. What step k - 1 measured is fetched while step k runs."""
+        run, batches = self.config.run, self.data.train_batches()
+        if position is not None:
+            batches.set_state(position)
+        rates = self._rates()
+        waiting: tuple[int, dict[str, Any]] | None = None
+        saved = step = int(state.step)
+        while step < run.steps and not interrupt:
+            batch = self._place(next(batches))
+            step += 1
+            row: dict[str, Any] = {}
+            if step % run.report_every == 0 or step == run.steps:
+                row = self._report(state, batch)
+            state, metrics = self.train_step(state, batch)
+            if waiting is not None:
+                self._write(*waiting, writer, bar, next(rates))
+            waiting = step, metrics | row
+            if step % run.eval_every == 0 or step == run.steps:
+                waiting[1].update(self.validate(state, step))
+            if step % run.checkpoint_every == 0 or step == run.steps:
+                # Rows of saved steps reach the file first, so that no checkpoint is ahead of the metrics.
+                self._write(*waiting, writer, bar, next(rates))
+                waiting = None
+                self._save(checkpoints, state, step, batches)
+                saved = step
+        if waiting is not None:
+            self._write(*waiting, writer, bar, next(rates))
+        if step > saved:
+            self._save(checkpoints, state, step, batches)
+        return state
+
+    def _place(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        return jax.device_put(batch, self.batch_sharding)
+
+    def _save(self, checkpoints: Checkpoints, state: TrainState, step: int, batches: Any) -> None:
+        checkpoints.save(step, state, data_state=batches.get_state(), config=to_dict(self.config))
+
+    def _report(self, state: TrainState, batch: dict[str, jax.Array]) -> dict[str, Any]:
+        """Loss and expert load of a training batch before it is trained on, with inference routing."""
+        sums, routing = self.eval_step(state.params, batch)
+        return {"loss": sums, **routing}
+
+    def _rates(self) -> Iterator[dict[str, float]]:
+        """Speed since the last row: tokens a second, and model FLOP utilisation where the device's peak is known."""
+        data = self.config.data
+        tokens = data.batch_size * data.sequence_length
+        flops = model_flops_per_token(self.config.model, data.sequence_length)
+        peak = device_peak_flops(self.mesh.devices.flat[0])
+        before = time.perf_counter()
+        while True:
+            now = time.perf_counter()
+            speed = tokens / (now - before)
+            before = now
+            utilisation = {} if peak is None else {"model_flop_utilisation": speed * flops / peak / self.mesh.size}
+            yield {"tokens_per_second": speed, **utilisation}
+
+    def _write(
+        self, step: int, metrics: dict[str, Any], writer: MetricsWriter, bar: ProgressBar, rates: dict[str, float]
+    ) -> None:
+        """Fetch what one step measured, log it, and stop the run if it diverged."""
+        row = jax.device_get(metrics)
+        if isinstance(row.get("loss"), LossSums):
+            row["loss"] = float(row["loss"].nll / max(row["loss"].count, 1))
+        in_row = int(row.pop("skipped_in_row"))
+        row["learning_rate"] = float(self.schedule(step - 1 - int(row["skipped"])))
+        writer.write(step, row | rates)
+        bar.update(step, loss=row.get("loss"), tokens_per_second=rates["tokens_per_second"])
+        if "validation_loss" in row:
+            bar.message(f"step {step}: validation loss {row['validation_loss']:.4f} nats a token")
+        limit = self.config.run.max_nonfinite_steps
+        if in_row >= limit:
+            raise NonFiniteError(
+                f"the loss or gradient was not finite for {in_row} steps in a row (step {step - in_row + 1} to {step}, "
+                f"last objective {row['objective']}); those updates were skipped. Lower optimizer.learning_rate, or look "
+                "at the data of these steps. The last checkpoint is untouched."
+            )
+
+    def validate(self, state: TrainState, step: int) -> dict[str, float]:
+        """Mean loss in nats a token over held-out windows, over all sources and for each of several."""
+        sources = self.data.validation_batches(self.config.data.batch_size, self.config.run.eval_batches)
+        nll, count = {}, {}
+        for name, batches in sources.items():
+            sums = [self.eval_step(state.params, self._place(batch))[0] for batch in batches]
+            nll[name] = sum(float(each.nll) for each in sums)
+            count[name] = sum(float(each.count) for each in sums)
+        if not sum(count.values()):
+            return {}
+        losses = {"validation_loss": sum(nll.values()) / sum(count.values())}
+        self.last_validation = step, losses["validation_loss"]
+        if len(sources) > 1:
+            losses |= {f"validation_loss/{name}": nll[name] / count[name] for name in sources}
+        return losses
+
+    def finish(self, state: TrainState) -> Result:
+        """Draw the pictures, generate a sample, and say how to go on."""
+        config, directory = self.config, Path(self.config.run.directory)
+        step = int(state.step)
+        finished = step >= config.run.steps
+        if not finished:
+            print(f"\nStopped after step {step}; the checkpoint is saved. The same command continues.")
+            return Result(step, False, None, None)
+        from bm_jax.plots import plot_expert_load, plot_losses
+
+        metrics = read_metrics(directory)
+        plot_losses(metrics, directory / "losses.png")
+        pictures = [directory / "losses.png"]
+        if "moe" in config.model.kinds:
+            plot_expert_load(metrics, directory / "expert_load.png")
+            pictures.append(directory / "expert_load.png")
+        measured, loss = self.last_validation
+        if measured != step:  # nothing was left to train
+            loss = self.validate(state, step).get("validation_loss")
+        sample = self._sample(state)
+        if sample:
+            print(f"\nSample, after the opening of a held-out document:\n{'-' * 72}\n{sample}\n{'-' * 72}")
+        if loss is not None:
+            print(f"Validation loss {loss:.4f} nats a token after {step} steps.")
+        print(f"Pictures: {', '.join(map(str, pictures))}")
+        print(f'Generate: python -m bm_jax.generate {directory} --prompt "..."')
+        print(f"Continue: the same command with --run.steps {2 * config.run.steps}")
+        return Result(step, True, loss, sample)
+
+    def _sample(self, state: TrainState) -> str | None:
+        """Text generated after the first tokens of the first held-out document."""
+        from bm_jax.language_model import LanguageModel
+
+        sources = self.data.validation_batches(1, 1)
+        if not self.config.run.sample_tokens or not sources:
+            return None
+        window = next(iter(next(iter(sources.values()))))
+        opening = window["tokens"][0][window["segment_ids"][0] == 1][:64].tolist()
+        model = LanguageModel(self.config.model, jax.device_get(state.params), self.data.tokenizer)
+        (completion,) = model.generate(
+            [opening], max_tokens=self.config.run.sample_tokens, temperature=0.8, seed=self.config.run.seed
+        )
+        return self.data.tokenizer.decode(opening) + completion.text
+
+
+class Interrupt:
+    """True once SIGINT or SIGTERM has arrived; a second SIGINT interrupts at once. A context manager.
+
+    Outside the main thread signals cannot be caught, and it stays False.
+    """
+
+    def __init__(self) -> None:
+        self._asked = False
+        self._previous: dict[int, Any] = {}
+
+    def __bool__(self) -> bool:
+        return self._asked
+
+    def __enter__(self) -> Interrupt:
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: object) -> None:
+        if self._asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._asked = True
+
+
+def _check_batch(config: Config, mesh: jax.sharding.Mesh) -> None:
+    rows, parts = config.data.batch_size // config.run.accumulation, 1
+    for axis in BATCH_AXES:
+        parts *= mesh.shape[axis]
+    if rows % parts:
+        raise ConfigError(
+            f"data.batch_size / run.accumulation = {rows} rows cannot be split over the {parts} devices of the mesh axes "
+            f"{', '.join(BATCH_AXES)}; choose a batch size that is a multiple of {parts * config.run.accumulation}"
+        )
+
+
+def _check_same_run(config: Config, directory: Path) -> None:
+    """A run keeps its model, data and seed for life; everything else may change when it continues."""
+    path = directory / "config.json"
+    if not path.exists() or not (directory / "checkpoints").is_dir():
+        return
+    try:
+        before, now = json.loads(path.read_text()), json.loads(json.dumps(to_dict(config)))
+        before, now = ({**c["model"], **c["data"], "run.seed": c["run"]["seed"]} for c in (before, now))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path} is damaged ({error!r}); move it away or use another run.directory") from None
+    changed = [name for name in now if now[name] != before.get(name) and name != "scan_unroll"]
+    if changed:
+        raise ConfigError(
+            f"{directory} holds a run with another configuration: "
+            + "; ".join(f"{name} was {before.get(name)!r}, is now {now[name]!r}" for name in changed)
+            + ". Use another run.directory, or the configuration it was made with. Nothing was changed."
+        )
+
+
+def _write_description(config: Config, data: Data, directory: Path) -> None:
+    """config.json and tokenizer.json, each replaced whole or not at all."""
+    data.tokenizer.save(directory)
+    partial = directory / "config.json.partial"
+    partial.write_text(json.dumps(to_dict(config), indent=2) + "\n")
+    os.replace(partial, directory / "config.json")
+
+
+def tune_allocator() -> None:
+    """Keep freed memory in the process on Linux CPUs: glibc otherwise returns and re-takes it every step."""
+    if jax.default_backend() != "cpu":
+        return
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):
+        return  # not glibc
+    trim_threshold, top_pad, mmap_max = -1, -2, -4
+    mallopt(mmap_max, 0)
+    mallopt(trim_threshold, 2**31 - 1)
+    mallopt(top_pad, 2**28)
