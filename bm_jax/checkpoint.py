@@ -2,10 +2,10 @@
 
 Orbax writes and reads the arrays; this module adds what a run that may be killed at any moment needs.
 
-A checkpoint is one folder named by its step, holding `state` (arrays), `leaves` (path -> dtype and shape of every
-array), `data_state`, `config` (JSON) and `checksums.json` (size and SHA-256 of every other file). It is written as
-`STEP.partial`; when Orbax has finished, every file and folder is flushed to the disk (fsync), the checksums are written
-and flushed, and only then is the folder renamed to `STEP`, the parent flushed, and older checkpoints deleted. So:
+A checkpoint is one folder named by its step, holding `state` (the arrays, by Orbax), `leaves.json` (path -> dtype and
+shape of every array), `data_state.json`, `config.json` and `checksums.json` (size and SHA-256 of every other file). It
+is written as `STEP.partial-N`; when Orbax has finished, the checksums are written, every file and folder is flushed to
+the disk (fsync), and only then is it renamed to `STEP`, the parent flushed, and older checkpoints deleted. So:
 
 - a folder named by a number is complete, whatever killed the process; everything else is left-overs, removed at the
   next save;
@@ -25,11 +25,13 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import itertools
 import json
 import logging
 import math
 import os
 import shutil
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -111,11 +113,12 @@ class Checkpoints:
         self.directory = Path(directory).absolute()
         self._keep_last, self._keep_every = keep_last, keep_every
         self._checkpointer = ocp.AsyncCheckpointer(
-            ocp.CompositeCheckpointHandler(),
+            ocp.StandardCheckpointHandler(),
             async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
         )
         self._finisher = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._saving: concurrent.futures.Future[None] | None = None
+        self._attempts = itertools.count(1)
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -150,24 +153,20 @@ class Checkpoints:
             CheckpointError: the previous save failed; the disk has too little room; the step exists already; the folder
                 cannot be written. Earlier checkpoints are intact in each case.
         """
+        if jax.process_count() > 1:
+            raise NotImplementedError("saving from several processes is not supported yet")
         self.wait()
         if step in self.steps():
             raise CheckpointError(f"{self.directory} already has a checkpoint of step {step}; it was not overwritten.")
         leaves = _leaves(state)
-        partial = self.directory / f"{step}{PARTIAL}"
+        # No name is used twice: after an error Orbax may leave writes running, and they must not meet the next attempt.
+        partial = self.directory / f"{step}{PARTIAL}-{next(self._attempts)}"
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._remove_leftovers()
             self._require_space(step, sum(_bytes(leaf) for leaf in leaves.values()))
-            self._checkpointer.save(
-                partial,
-                ocp.args.Composite(
-                    state=ocp.args.StandardSave(_nest(leaves)),
-                    leaves=ocp.args.JsonSave(_describe(leaves)),
-                    data_state=ocp.args.JsonSave(data_state),
-                    config=ocp.args.JsonSave(config),
-                ),
-            )
+            _write_json(partial, leaves=_describe(leaves), data_state=data_state, config=config)
+            self._checkpointer.save(partial / "state", args=ocp.args.StandardSave(_nest(leaves)))
         except CheckpointError:
             raise
         except Exception as error:
@@ -221,17 +220,18 @@ class Checkpoints:
             _publish(partial, self.directory / str(step))
         except Exception as error:
             raise self._failed(step, error) from error
-        complete = self.steps()
-        for old in complete[: -self._keep_last]:
+        for old in self.steps()[: -self._keep_last]:
             if not self._keep_every or old % self._keep_every:
                 doomed = self.directory / f"{old}{PARTIAL}-deleted"
-                os.rename(self.directory / str(old), doomed)  # so that it is never half deleted under its name
-                shutil.rmtree(doomed)
+                try:
+                    os.rename(self.directory / str(old), doomed)  # so that it is never half deleted under its name
+                except OSError as error:
+                    logger.warning("could not delete the old checkpoint %s: %s", self.directory / str(old), error)
+                _remove(doomed)
 
     def _failed(self, step: int, error: Exception) -> CheckpointError:
         """The error of a failed save of `step`, after removing its partial folder."""
-        with contextlib.suppress(OSError):
-            self._remove_leftovers()
+        self._remove_leftovers()
         reason = f"{error}".strip() or type(error).__name__
         if _is_disk_full(error):
             reason = f"disk full on {self.directory} ({_free(self.directory)} free): {reason}"
@@ -253,7 +253,7 @@ class Checkpoints:
     def _remove_leftovers(self) -> None:
         for entry in sorted(self.directory.glob(f"*{PARTIAL}*")):
             logger.info("removing the unfinished checkpoint %s", entry)
-            shutil.rmtree(entry)
+            _remove(entry)
 
 
 def save_parameters(directory: str | os.PathLike, params: Any) -> None:
@@ -268,20 +268,14 @@ def save_parameters(directory: str | os.PathLike, params: Any) -> None:
     partial, leaves = folder.with_name(f"{folder.name}{PARTIAL}"), _leaves(params)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-            checkpointer.save(
-                partial,
-                ocp.args.Composite(
-                    state=ocp.args.StandardSave(_nest(leaves)),
-                    leaves=ocp.args.JsonSave(_describe(leaves)),
-                ),
-            )
+        _remove(partial)
+        _write_json(partial, leaves=_describe(leaves))
+        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+            checkpointer.save(partial / "state", args=ocp.args.StandardSave(_nest(leaves)))
         _seal(partial)
         _publish(partial, folder)
     except Exception as error:
-        for entry in folder.parent.glob(f"{folder.name}{PARTIAL}*"):
-            shutil.rmtree(entry, ignore_errors=True)
+        _remove(partial)
         full = "disk full: " if _is_disk_full(error) else ""
         raise CheckpointError(f"cannot write the parameters to {folder}: {full}{error}") from error
 
@@ -388,6 +382,16 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def _remove(folder: Path) -> None:
+    """Delete a folder, though writes that a failed save left running may add to it meanwhile."""
+    end = time.monotonic() + 2
+    while folder.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        if time.monotonic() > end:
+            logger.warning("could not delete %s", folder)
+            return
+
+
 def _seal(folder: Path) -> None:
     """Write the checksums of a finished folder; afterwards everything in it is on the disk."""
     (folder / CHECKSUMS).write_text(json.dumps(_digests(folder), indent=1))
@@ -470,9 +474,15 @@ def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def _read_json(folder: Path, item: str) -> dict[str, Any]:
-    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-        return checkpointer.restore(folder / item)
+def _write_json(folder: Path, **items: dict[str, Any]) -> None:
+    """Make `folder` with one file for each item."""
+    folder.mkdir()
+    for name, item in items.items():
+        (folder / f"{name}.json").write_text(json.dumps(item, indent=1), encoding="utf-8")
+
+
+def _read_json(folder: Path, name: str) -> dict[str, Any]:
+    return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def _read_arrays(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:

@@ -65,7 +65,7 @@ def plot_expert_load(metrics: Rows, path: str | os.PathLike) -> None:
     left.imshow(loads[-1], cmap="Greys", vmin=0, vmax=top, aspect="auto")
     if experts <= 32:
         for (layer, expert), load in np.ndenumerate(loads[-1]):
-            color = "white" if load > 0.55 * top else "black"
+            color = "white" if load > 0.7 * top else "black"
             left.text(expert, layer, f"{load:.2f}", ha="center", va="center", fontsize=7, color=color)
         left.set_xticks(range(experts), [str(expert) for expert in range(experts)])
     left.set_yticks(range(layers), [str(layer) for layer in range(layers)])
