@@ -30,6 +30,9 @@ from bm_jax.checkpoint import (
 
 ROOT = Path(__file__).resolve().parent.parent
 
+# Orbax leaves the other writes of a failed save running, perhaps into the next test; they find its event loop closed.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 
 @flax.struct.dataclass
 class State:
@@ -347,21 +350,17 @@ def test_too_little_room_is_seen_before_the_save(small_disk):
         assert bits(checkpoints.restore(abstract(state)).state) == bits(state)
 
 
-# Orbax leaves the other writes of a failed save running; they find its event loop closed.
-ignore_stray_writes = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-
-
-@ignore_stray_writes
-@pytest.mark.parametrize("free_files", [1, 4, 8, 12, 16, 20, 24])
-def test_a_disk_that_fills_up_during_the_save(small_disk, free_files, caplog):
-    """No room for another file at several moments of the save; afterwards the same object saves again."""
+@pytest.mark.parametrize("share", [0, 0.2, 0.4, 0.6, 0.8, 1])
+def test_a_disk_that_fills_up_during_the_save(small_disk, share, caplog):
+    """Room for some of the files, but not for the last; afterwards the same object saves again."""
     caplog.set_level(logging.CRITICAL, "absl")
     filler = small_disk / "filler"
     filler.mkdir()
     with Checkpoints(small_disk / "run", keep_last=2) as checkpoints:
         checkpoints.save(1, make_state(1), data_state={}, config={})
         checkpoints.wait()
-        for number in range(os.statvfs(small_disk).f_ffree - free_files):
+        needed = sum(1 for _ in (small_disk / "run/1").rglob("*"))
+        for number in range(os.statvfs(small_disk).f_ffree - int(share * needed)):
             (filler / str(number)).touch()
 
         def save():
@@ -405,12 +404,12 @@ def test_an_error_in_the_background_is_raised_at_the_next_save(tmp_path):
     assert names(tmp_path) == ["3"]
 
 
-@ignore_stray_writes
 def test_an_error_of_the_last_save_is_raised_on_leaving(tmp_path):
+    (tmp_path / "1").write_text("in the way")
+
     def save(then=None):
-        with Checkpoints(tmp_path / "run", keep_last=1) as checkpoints:
-            checkpoints.save(1, noise(3), data_state={}, config={})
-            (tmp_path / "run").rename(tmp_path / f"away-{then}")
+        with Checkpoints(tmp_path, keep_last=1) as checkpoints:
+            checkpoints.save(1, noise(0.1), data_state={}, config={})
             if then is not None:
                 raise then
 
@@ -418,6 +417,7 @@ def test_an_error_of_the_last_save_is_raised_on_leaving(tmp_path):
         save()
     with pytest.raises(KeyboardInterrupt):  # is not hidden by the error of the save
         save(KeyboardInterrupt())
+    assert names(tmp_path) == ["1"]
 
 
 @pytest.fixture
@@ -481,7 +481,6 @@ def test_parameters_that_cannot_be_loaded(tmp_path):
         load_parameters(tmp_path / "params")
 
 
-@ignore_stray_writes
 def test_a_failed_write_leaves_no_parameters(small_disk):
     with pytest.raises(CheckpointError, match="disk full"):
         save_parameters(small_disk / "model/params", noise(20))
