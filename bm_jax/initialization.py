@@ -50,11 +50,15 @@ def linear(shape: tuple[int, ...], fan_in: int, scale: float = 1.0) -> Parameter
 
 def log_state_index(shape: tuple[int, int]) -> Parameter:
     """A_log[e, n] = log(n + 1), so that A = -exp(A_log) is the real part of S4D-Real (Gu and Dao 2023, section 3.6)."""
-    return Parameter(shape, lambda key, shape, dtype: jnp.broadcast_to(jnp.log(jnp.arange(1, shape[1] + 1.0)), shape))
+
+    def initializer(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
+        return jnp.broadcast_to(jnp.log(jnp.arange(1, shape[1] + 1, dtype=dtype)), shape)
+
+    return Parameter(shape, initializer)
 
 
 def inverse_softplus_step(shape: tuple[int, ...], config: MambaConfig) -> Parameter:
-    """dt biases: softplus(bias) is log-uniform in [dt_min, dt_max], at least dt_floor (Gu and Dao 2023, section 3.6)."""
+    """softplus(bias) of dt is log-uniform in [dt_min, dt_max], at least dt_floor (Gu and Dao 2023, section 3.6)."""
 
     def initializer(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
         low, high = math.log(config.dt_min), math.log(config.dt_max)

@@ -13,5 +13,5 @@ def grouped_matmul_reference(lhs: Array, rhs: Array, group_sizes: Array) -> Arra
     out = jnp.zeros((lhs.shape[0], rhs.shape[2]), lhs.dtype)
     for group in range(rhs.shape[0]):
         inside = (rows >= ends[group] - group_sizes[group]) & (rows < ends[group])
-        out = out + jnp.where(inside, lhs @ rhs[group], 0)
+        out = out + jnp.where(inside, jnp.where(inside, lhs, 0) @ rhs[group], 0)
     return out

@@ -1,0 +1,76 @@
+"""What every test shares: one CPU device, shape annotations checked at run time, and a way to ask for more devices."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+import subprocess
+import sys
+import typing
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+# Before jax starts. Several host devices would slow every test, and a subprocess that a test starts would inherit them;
+# the tests that need several ask for a process of their own (`run_with_devices`).
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.pop("XLA_FLAGS", None)
+os.environ.pop("PALLAS_KERNELS_IMPLEMENTATION", None)
+
+import jaxtyping
+
+
+def check_annotations(function: Callable) -> Callable:
+    """Check the arguments whose annotations name shapes; typeguard 4 cannot see the functions jaxtyping makes."""
+
+    def names_a_shape(hint: object) -> bool:
+        kinds = (hint, *typing.get_args(hint))
+        return any(isinstance(kind, type) and issubclass(kind, jaxtyping.AbstractArray) for kind in kinds)
+
+    signature = inspect.signature(function)
+    hints = {name: p.annotation for name, p in signature.parameters.items() if names_a_shape(p.annotation)}
+
+    @functools.wraps(function)
+    def checked(*args, **kwargs):
+        for name, value in signature.bind(*args, **kwargs).arguments.items():
+            if name in hints and not isinstance(value, hints[name]):
+                raise TypeError(f"{name} is not {hints[name]}")
+        return function(*args, **kwargs)
+
+    return checked
+
+
+# Shape annotations (`Hidden`, `Tokens`, ...) of these modules are checked while they are traced.
+CHECKED = ["shapes", "layers", "mamba", "attention", "moe", "routing", "cache", "model", "sharding"]
+jaxtyping.install_import_hook([f"bm_jax.{name}" for name in CHECKED], "conftest.check_annotations")
+
+import jax  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def x64():
+    """float64 inside the test."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
+def run_with_devices() -> Callable[..., str]:
+    """Run Python source in a process with several CPU devices; its standard output, or a failure showing its errors."""
+
+    def run(source: str, devices: int = 8, timeout: float = 300) -> str:
+        environment = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "JAX_NUM_CPU_DEVICES": str(devices),
+            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        }
+        command = [sys.executable, "-W", "error", "-c", source]
+        done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    return run

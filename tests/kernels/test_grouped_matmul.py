@@ -1,0 +1,177 @@
+"""Every implementation of the grouped product against a NumPy float64 loop over groups."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+from pallas_kernels.grouped_matmul import grouped_matmul, xla
+from pallas_kernels.grouped_matmul.api import IMPLEMENTATIONS
+
+ROWS, GROUPS, K, N = 40, 4, 5, 6
+
+LOADS = {
+    "balanced": [10, 10, 10, 10],
+    "near balance": [12, 8, 9, 11],
+    "one empty": [14, 0, 13, 13],
+    "first empty": [0, 14, 13, 13],
+    "last empty": [13, 14, 13, 0],
+    "one takes all": [0, 0, 40, 0],
+    "skewed": [20, 1, 18, 1],
+    "rows of no group": [9, 10, 0, 11],
+    "rows of no group, skewed": [0, 30, 1, 2],
+    "no rows in any group": [0, 0, 0, 0],
+}
+
+
+@pytest.fixture(params=[*IMPLEMENTATIONS, "xla, accelerators"])
+def implementation(request, monkeypatch):
+    """Each implementation; what `xla` does on accelerators counts as one more."""
+    if request.param == "xla, accelerators":
+        monkeypatch.setattr(xla.lax, "platform_dependent", lambda *arrays, cpu, default: default(*arrays))
+    return request.param
+
+
+def oracle(lhs, rhs, sizes, d_out):
+    """Product and gradients of sum(product * d_out)."""
+    out, d_lhs, d_rhs, start = np.zeros_like(d_out), np.zeros_like(lhs), np.zeros_like(rhs), 0
+    for group, size in enumerate(sizes):
+        rows = slice(start, start + size)
+        out[rows] = lhs[rows] @ rhs[group]
+        d_lhs[rows] = d_out[rows] @ rhs[group].T
+        d_rhs[group] = lhs[rows].T @ d_out[rows]
+        start += size
+    return out, d_lhs, d_rhs
+
+
+def product(lhs, rhs, sizes, implementation):
+    return grouped_matmul(lhs, rhs, sizes, implementation=implementation.split(",")[0])
+
+
+@functools.partial(jax.jit, static_argnames="implementation")
+def product_and_gradients(lhs, rhs, sizes, d_out, implementation):
+    out, pullback = jax.vjp(lambda lhs, rhs: product(lhs, rhs, sizes, implementation), lhs, rhs)
+    return out, *pullback(d_out)
+
+
+def make(dtype=np.float64, rows=ROWS, groups=GROUPS):
+    n = np.random.default_rng(0).standard_normal
+    return tuple(jnp.asarray(n(shape), dtype) for shape in ((rows, K), (groups, K, N), (rows, N)))
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+@pytest.mark.parametrize("load", LOADS)
+def test_matches_the_loop_in_value_and_gradient(implementation, load, dtype):
+    with jax.enable_x64(dtype == "float64"):
+        arguments = make(jnp.dtype(dtype))
+        got = product_and_gradients(*arguments[:2], jnp.array(LOADS[load]), arguments[2], implementation)
+        lhs, rhs, d_out = (np.asarray(a, np.float64) for a in arguments)
+        # Sums of at most 40 products of unit size, exact in float64 to 1e-14. bfloat16 rounds sums of size up to 20
+        # once (2**-8 of them) when it accumulates in float32, as every backend does.
+        rtol, atol = {"float64": (0, 1e-13), "float32": (0, 2e-5), "bfloat16": (2**-8, 2e-2)}[dtype]
+        for name, x, wanted in zip(("out", "d_lhs", "d_rhs"), got, oracle(lhs, rhs, LOADS[load], d_out), strict=True):
+            assert x.dtype == jnp.dtype(dtype), name
+            np.testing.assert_allclose(np.asarray(x, np.float64), wanted, rtol=rtol, atol=atol, err_msg=name)
+            assert not np.any(np.asarray(x)[wanted == 0]), f"{name} is not exactly zero in rows of no group"
+
+
+def test_the_loads_take_every_branch_of_xla():
+    taken = {name: max(sizes) <= xla._capacity(ROWS, GROUPS) for name, sizes in LOADS.items()}
+    assert taken["balanced"]
+    assert taken["rows of no group"]
+    assert not taken["one takes all"]
+    assert not taken["rows of no group, skewed"]
+
+
+@pytest.mark.parametrize("load", ["balanced", "rows of no group", "no rows in any group"])
+def test_all_forms_of_xla_agree_where_all_apply(load, x64):
+    lhs, rhs, _ = make()
+    sizes = jnp.array(LOADS[load])
+    ragged = jax.jit(xla._ragged)(lhs, rhs, sizes)
+    for form in (xla._padded, xla._blocked):
+        product = jax.jit(lambda lhs, rhs, sizes, form=form: form(ROWS, sizes).product(lhs, rhs))
+        np.testing.assert_allclose(product(lhs, rhs, sizes), ragged, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("rows", [5, 63, 64, 65, 200, 300])
+def test_any_load_fits_in_the_blocks(rows):
+    """Every assigned row has a slot of its own in a block of its own group, whatever the load."""
+    r = np.random.default_rng(rows)
+    slots_of = jax.jit(lambda sizes: tuple(vars(xla._blocked(rows, sizes)).values()))
+    loads = [r.multinomial(r.integers(rows + 1), r.dirichlet(np.full(GROUPS, 0.3))) for _ in range(30)]
+    for sizes in (*loads, [rows, 0, 0, 0], [0, 0, 0, rows], [rows - 1, 0, 0, 1], [0, 0, 0, 0]):
+        row, filled, slot, placed, owner = map(np.asarray, slots_of(jnp.asarray(sizes, jnp.int32)))
+        group = np.repeat(np.arange(GROUPS), sizes)
+        assigned = len(group)
+        np.testing.assert_array_equal(placed, np.arange(rows) < assigned)
+        np.testing.assert_array_equal(np.sort(row[filled]), np.arange(assigned))
+        np.testing.assert_array_equal(row.reshape(-1)[slot[:assigned]], np.arange(assigned))
+        assert filled.reshape(-1)[slot[:assigned]].all()
+        np.testing.assert_array_equal(owner[slot[:assigned] // row.shape[1]], group)
+
+
+@pytest.mark.parametrize("load", ["rows of no group", "one takes all"])
+def test_gradients_by_finite_differences(implementation, load, x64):
+    lhs, rhs, _ = make()
+    sizes = jnp.array(LOADS[load])
+    function = jax.jit(lambda lhs, rhs: product(lhs, rhs, sizes, implementation))
+    check_grads(function, (lhs, rhs), 1, modes=["rev"], atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("rows", "sizes"), [(1, [0, 1, 0, 0]), (1, [0, 0, 0, 0]), (3, [1, 1, 0, 1]), (2, [0, 2, 0, 0]), (7, [7])]
+)
+def test_few_rows(implementation, rows, sizes, x64):
+    """Fewer rows than groups, as in decoding; one group alone."""
+    lhs, rhs, d_out = make(rows=rows, groups=len(sizes))
+    got = product_and_gradients(lhs, rhs, jnp.array(sizes), d_out, implementation)
+    for x, wanted in zip(got, oracle(*map(np.asarray, (lhs, rhs)), sizes, np.asarray(d_out)), strict=True):
+        np.testing.assert_allclose(x, wanted, rtol=0, atol=1e-13)
+
+
+def test_what_lies_in_rows_of_no_group_does_not_matter(implementation):
+    """Not even NaN, in value and in gradient."""
+    lhs, rhs, d_out = make(np.float32)
+    for sizes in ([9, 10, 0, 11], [0, 29, 1, 0]):
+        dirty = lhs.at[30:].set(jnp.nan), d_out.at[30:].set(jnp.nan)
+        out, d_lhs, d_rhs = product_and_gradients(dirty[0], rhs, jnp.array(sizes), d_out, implementation)
+        assert np.isfinite(out).all()
+        assert np.isfinite(d_rhs).all()
+        assert np.isfinite(d_lhs).all()
+        _, d_lhs, d_rhs = product_and_gradients(lhs, rhs, jnp.array(sizes), dirty[1], implementation)
+        assert np.isfinite(d_rhs).all()
+        assert np.isfinite(d_lhs).all()
+
+
+def test_mixed_dtypes_promote(implementation):
+    lhs, rhs, _ = make(np.float32)
+    out = jax.eval_shape(lambda: product(lhs.astype(jnp.bfloat16), rhs, jnp.array([10] * 4), implementation))
+    assert out.dtype == jnp.float32
+
+
+def test_refusals(implementation):
+    lhs, rhs, _ = make(np.float32)
+    sizes = jnp.array([10] * 4)
+    with pytest.raises(ValueError, match=r"lhs must be \[T, K\]"):
+        product(lhs[None], rhs, sizes, implementation)
+    with pytest.raises(ValueError, match="must agree in K"):
+        product(lhs[:, :3], rhs, sizes, implementation)
+    with pytest.raises(ValueError, match="group_sizes must have shape"):
+        product(lhs, rhs, sizes[:3], implementation)
+    with pytest.raises(TypeError, match="group_sizes must be integers"):
+        product(lhs, rhs, sizes.astype(jnp.float32), implementation)
+    with pytest.raises(NotImplementedError, match="grouped_matmul has no implementation 'magic'"):
+        grouped_matmul(lhs, rhs, sizes, implementation="magic")
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_lowers_for_accelerators(implementation, platform):
+    shapes = jax.eval_shape(lambda: make(jnp.bfloat16))
+    sizes = jax.ShapeDtypeStruct((GROUPS,), jnp.int32)
+    exported = jax.export.export(product_and_gradients, platforms=[platform])
+    exported(*shapes[:2], sizes, shapes[2], implementation=implementation)

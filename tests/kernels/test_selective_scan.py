@@ -1,0 +1,351 @@
+"""Every implementation of the selective scan against a NumPy float64 loop that shares no code with any of them."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+from pallas_kernels.selective_scan import selective_scan, xla
+from pallas_kernels.selective_scan.api import IMPLEMENTATIONS
+
+NAMES = ("u", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_state")
+
+
+def sigmoid(x):
+    return np.exp(-np.logaddexp(0, -x))
+
+
+def oracle(arguments, segment_ids, dt_softplus, dy, d_final):
+    """y, final state and the gradient of sum(y * dy) + sum(final * d_final) for each argument, all float64."""
+    a = {name: None if value is None else np.asarray(value, np.float64) for name, value in arguments.items()}
+    u, A, B, C = a["u"], a["A"], a["B"], a["C"]
+    batch, length, channels = u.shape
+    raw = a["dt"] + (0 if a["dt_bias"] is None else a["dt_bias"])
+    step = np.logaddexp(0, raw) if dt_softplus else raw
+    gate = np.ones_like(u) if a["z"] is None else a["z"] * sigmoid(a["z"])
+    skip = np.zeros(channels) if a["D"] is None else a["D"]
+    keep = np.ones((batch, length))
+    if segment_ids is not None:
+        keep[:, 1:] = segment_ids[:, 1:] == segment_ids[:, :-1]
+
+    state = np.zeros((batch, channels, A.shape[1])) if a["initial_state"] is None else a["initial_state"]
+    before, after, plain = [], [], np.zeros_like(u)
+    for t in range(length):
+        before.append(state * keep[:, t, None, None])
+        state = np.exp(step[:, t, :, None] * A) * before[t] + (step[:, t] * u[:, t])[..., None] * B[:, t, None, :]
+        after.append(state)
+        plain[:, t] = (state * C[:, t, None, :]).sum(-1) + skip * u[:, t]
+    y = plain * gate
+
+    d_plain = dy * gate
+    d = {name: np.zeros_like(value) for name, value in a.items() if value is not None}
+    d["u"] += d_plain * skip
+    d_step, g = np.zeros_like(step), d_final.copy()
+    for t in reversed(range(length)):
+        g = g + d_plain[:, t, :, None] * C[:, t, None, :]
+        decay = np.exp(step[:, t, :, None] * A)
+        d["C"][:, t] = (d_plain[:, t, :, None] * after[t]).sum(1)
+        d["B"][:, t] = (g * (step[:, t] * u[:, t])[..., None]).sum(1)
+        g_B = (g * B[:, t, None, :]).sum(-1)
+        d["u"][:, t] += step[:, t] * g_B
+        d_exponent = g * before[t] * decay
+        d_step[:, t] = u[:, t] * g_B + (d_exponent * A).sum(-1)
+        d["A"] += (d_exponent * step[:, t, :, None]).sum(0)
+        g = g * decay * keep[:, t, None, None]
+    if "initial_state" in d:
+        d["initial_state"] = g
+    d["dt"] = d_step * sigmoid(raw) if dt_softplus else d_step
+    if "dt_bias" in d:
+        d["dt_bias"] = d["dt"].sum((0, 1))
+    if "D" in d:
+        d["D"] = (d_plain * u).sum((0, 1))
+    if "z" in d:
+        s = sigmoid(a["z"])
+        d["z"] = dy * plain * (s + a["z"] * s * (1 - s))
+    return y, state, d
+
+
+def make(length, *, batch=2, channels=3, states=8, without=(), dt_shift=0.0, A_scale=1.0, dtype=np.float64, seed=0):
+    """Random arguments; those that a model keeps in float32 stay so when `dtype` is a half type."""
+    r = np.random.default_rng(seed + length)
+    n = r.standard_normal
+    arguments = {
+        "u": n((batch, length, channels)),
+        "dt": n((batch, length, channels)) + dt_shift,
+        "A": -A_scale * np.exp(n((channels, states))),
+        "B": n((batch, length, states)),
+        "C": n((batch, length, states)),
+        "D": n(channels),
+        "z": n((batch, length, channels)),
+        "dt_bias": n(channels),
+        "initial_state": n((batch, channels, states)),
+    }
+    wide = jnp.promote_types(dtype, jnp.float32)
+    half = ("u", "dt", "B", "C", "z")
+    return {
+        name: None if name in without else jnp.asarray(value, dtype if name in half else wide)
+        for name, value in arguments.items()
+    }
+
+
+@functools.partial(jax.jit, static_argnames=("form", "dt_softplus"))
+def run(arguments, segment_ids, cotangents, *, form, dt_softplus):
+    """What `oracle` returns, from an implementation."""
+
+    def scan(arguments):
+        positional = [arguments[name] for name in ("u", "dt", "A", "B", "C", "D")]
+        named = {name: arguments[name] for name in ("z", "dt_bias", "initial_state")}
+        return selective_scan(
+            *positional, **named, dt_softplus=dt_softplus, segment_ids=segment_ids, implementation=form.split(",")[0]
+        )
+
+    results, pullback = jax.vjp(scan, arguments)
+    return *results, pullback(cotangents)[0]
+
+
+def check(name, got, wanted, argument_dtype):
+    assert got.dtype == argument_dtype, name
+    assert got.shape == wanted.shape, name
+    error = np.abs(np.asarray(got, np.float64) - wanted)
+    scale = np.abs(wanted).max() if wanted.size else 0.0
+    # float64: 63 dependent steps of rounding 1e-16, sums of some hundred terms and exponents of size up to 100 (whose
+    # rounding exp multiplies by their size) stay below 1e-12 of the largest value. float32: the same with 6e-8, so 1e-5
+    # leaves a factor of about 2 on the worst case (huge steps). Half types compute in float32 and round once, at last.
+    limit = (1e-12 if got.dtype == jnp.float64 else 1e-5) * scale + 1e-30
+    if got.dtype == jnp.bfloat16:
+        limit = limit + 2.0**-8 * np.abs(wanted)  # half the distance between neighbours is 2**-9 to 2**-8 of the value
+    assert (error <= limit).all(), f"{name}: error {error.max():.2e} at scale {scale:.2e}"
+
+
+RUNS = np.repeat(np.arange(1, 40), 5)  # documents of five tokens
+
+CASES = {
+    **{f"length {length}": {"length": length} for length in (1, 2, 3, 15, 16, 17, 32)},
+    "length 63, 16 states": {"length": 63, "states": 16},
+    "no options": {"length": 17, "without": ("D", "z", "dt_bias", "initial_state"), "segments": None},
+    "no gate, no state": {"length": 5, "without": ("z", "initial_state"), "segments": None},
+    "no skip, no bias": {"length": 5, "without": ("D", "dt_bias")},
+    "steps as given": {"length": 18, "dt_softplus": False, "dt_shift": 4.0, "segments": None},
+    # Row r starts its second document at token r: every offset in a chunk, its first and its last included.
+    "every offset": {"length": 18, "batch": 18, "segments": np.arange(18)[None, :] >= np.arange(18)[:, None]},
+    "ids that come back": {"length": 17, "segments": np.array([[1, 1, 2, 2, 1] * 3 + [1, 1], [3, 1] * 8 + [0]])},
+    "tiny steps": {"length": 18, "dt_shift": -30.0},
+    "huge steps": {"length": 18, "dt_shift": 300.0},
+    "fast decay": {"length": 18, "A_scale": 1e4},
+}
+EXTREME = ("tiny steps", "huge steps", "fast decay")
+RUN = {
+    "float64": [case for case in CASES if case not in EXTREME],
+    "float32": ["length 63, 16 states", *EXTREME],
+    "bfloat16": ["length 17"],
+}
+
+
+FORMS = [*IMPLEMENTATIONS, "xla, accelerators"]
+
+
+@pytest.fixture(params=FORMS)
+def implementation(request, monkeypatch):
+    """Each implementation; the inner form that `xla` takes on accelerators counts as one more."""
+    if request.param == "xla, accelerators":
+        monkeypatch.setattr(xla.lax, "platform_dependent", lambda *arrays, cpu, default: default(*arrays))
+        monkeypatch.setattr(xla, "CHUNK", 4)  # a chunk of 16 unrolled takes CPUs many seconds to compile
+    return request.param
+
+
+@pytest.mark.parametrize(
+    ("implementation", "dtype", "case"),
+    [(implementation, dtype, case) for implementation in FORMS for dtype in RUN for case in RUN[dtype]
+     # Slow to compile on CPUs, and the other lengths have every kind of last chunk.
+     if not (implementation == "xla, accelerators" and case in ("length 2", "length 15", "length 16", "length 32"))],
+    indirect=["implementation"],
+)  # fmt: skip
+def test_matches_the_loop_in_value_and_gradient(implementation, dtype, case):
+    options = dict(CASES[case])
+    dt_softplus = options.pop("dt_softplus", True)
+    with jax.enable_x64(dtype == "float64"):
+        segments = options.pop("segments", RUNS[None, : options["length"]].repeat(options.get("batch", 2), 0))
+        segments = None if segments is None else segments.astype(np.int32)
+        arguments = make(**options, dtype=jnp.dtype(dtype))
+        r = np.random.default_rng(1)
+        dy = np.asarray(jnp.asarray(r.standard_normal(arguments["u"].shape), dtype), np.float64)
+        d_final = r.standard_normal((arguments["u"].shape[0], *arguments["A"].shape))
+        wide = jnp.promote_types(dtype, jnp.float32)
+        cotangents = jnp.asarray(dy, dtype), jnp.asarray(d_final, wide)
+        y, final, gradients = run(arguments, segments, cotangents, form=implementation, dt_softplus=dt_softplus)
+        wanted_y, wanted_final, wanted = oracle(arguments, segments, dt_softplus, dy, d_final)
+        check("y", y, wanted_y, arguments["u"].dtype)
+        check("final state", final, wanted_final, wide)
+        for name, gradient in wanted.items():
+            check(f"gradient of {name}", gradients[name], gradient, arguments[name].dtype)
+
+
+def test_gradients_by_finite_differences(implementation, x64):
+    arguments = make(5, batch=1, channels=2, states=2)
+    segments = jnp.array([[1, 1, 2, 2, 2]])
+
+    def scan(u, dt, A, B, C, D, z, dt_bias, initial_state):
+        return selective_scan(
+            u, dt, A, B, C, D, z=z, dt_bias=dt_bias, initial_state=initial_state, segment_ids=segments,
+            implementation=implementation.split(",")[0],
+        )  # fmt: skip
+
+    check_grads(jax.jit(scan), tuple(arguments.values()), order=1, modes=["rev"], atol=1e-6, rtol=1e-6)
+
+
+def call(implementation, arguments, **options):
+    positional = [arguments[name] for name in ("u", "dt", "A", "B", "C", "D")]
+    named = {name: arguments[name] for name in ("z", "dt_bias", "initial_state")}
+    return jax.jit(functools.partial(selective_scan, implementation=implementation.split(",")[0]))(
+        *positional, **(named | options)
+    )
+
+
+def cut(arguments, start, stop, **changes):
+    """The tokens from `start` to `stop`."""
+    along_time = ("u", "dt", "B", "C", "z")
+    return {k: v[:, start:stop] if k in along_time else v for k, v in arguments.items()} | changes
+
+
+def test_two_runs_with_carried_state_equal_one(implementation, x64):
+    arguments, split = make(37), 21
+    y, final = call(implementation, arguments)
+    first, state = call(implementation, cut(arguments, 0, split))
+    second, state = call(implementation, cut(arguments, split, 37, initial_state=state))
+    np.testing.assert_allclose(np.concatenate([first, second], 1), y, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(state, final, rtol=1e-12, atol=1e-12)
+
+
+def test_packed_documents_equal_documents_alone(implementation, x64):
+    arguments = make(37)
+    segments = jnp.asarray(np.repeat([7, 2, 7], [4, 20, 13])[None].repeat(2, 0))
+    y, final = call(implementation, arguments, segment_ids=segments)
+    states = [arguments["initial_state"], None, None]  # the first document continues the initial state
+    for (start, stop), state in zip([(0, 4), (4, 24), (24, 37)], states, strict=True):
+        alone, last = call(implementation, cut(arguments, start, stop, initial_state=state))
+        np.testing.assert_allclose(y[:, start:stop], alone, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(final, last, rtol=1e-12, atol=1e-12)
+
+
+def test_nothing_crosses_a_document_boundary_backward(implementation):
+    """The gradient of the second document's outputs is exactly zero in the first document and the initial state."""
+    arguments = make(20, dtype=np.float32)
+    segments = jnp.asarray((np.arange(20) >= 9)[None].repeat(2, 0).astype(np.int32))
+
+    def loss(arguments):
+        y, final = call(implementation, arguments, segment_ids=segments)
+        return jnp.sum(y[:, 9:]) + jnp.sum(final)
+
+    gradients = jax.jit(jax.grad(loss))(arguments)
+    assert not np.any(gradients["initial_state"])
+    for name in ("u", "dt", "B", "C", "z"):
+        assert not np.any(gradients[name][:, :9]), name
+        assert np.all(gradients[name][:, 9:] != 0), name
+
+
+def test_two_backward_passes_agree_bit_for_bit(implementation):
+    arguments = make(40, channels=16, dtype=np.float32)
+    gradient = jax.jit(jax.grad(lambda arguments: jnp.sum(jnp.square(call(implementation, arguments)[0]))))
+    jax.tree.map(np.testing.assert_array_equal, gradient(arguments), gradient(arguments))
+
+
+def test_the_two_inner_forms_of_xla_agree(x64):
+    """Called directly on one chunk, with a reset inside."""
+    r = np.random.default_rng(0)
+    T, B, N, E = 16, 2, 4, 3
+    keep = np.ones((T, B))
+    keep[5, 0] = 0
+    tokens = xla.Tokens(
+        *(jnp.asarray(r.random(shape)) for shape in ((T, B, E), (T, B, E), (T, B, N), (T, B, N))), jnp.asarray(keep)
+    )
+    A, state, g = -jnp.asarray(r.random((N, E))), jnp.asarray(r.random((B, N, E))), jnp.asarray(r.random((B, N, E)))
+    dy = jnp.asarray(r.random((T, B, E)))
+    pairs = [
+        (jax.jit(f)(*args), jax.jit(g)(*args))
+        for f, g, args in (
+            (xla._outputs_by_loop, xla._outputs_by_doubling, (tokens, A, state)),
+            (xla._gradients_by_loop, xla._gradients_by_doubling, (tokens, state, dy, A, g)),
+        )
+    ]
+    for loop, doubling in pairs:
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-12, atol=1e-12), loop, doubling)
+
+
+def test_residuals_are_one_state_a_chunk():
+    B, L, E, N = 2, 160, 8, 16
+    shapes = jax.eval_shape(lambda: make(L, batch=B, channels=E, states=N, dtype=np.float32))
+
+    def largest_residual(implementation):
+        pullback = jax.eval_shape(lambda arguments: jax.vjp(lambda a: call(implementation, a), arguments)[1], shapes)
+        return max(leaf.size for leaf in jax.tree.leaves(pullback))
+
+    assert largest_residual("reference") >= B * L * E * N  # so the measurement sees what is stored
+    assert largest_residual("xla") <= max(B * L * max(E, N), B * (L // xla.CHUNK) * E * N)
+
+
+def test_memory_of_the_compiled_gradient_does_not_grow_with_the_state_of_every_token():
+    B, L, E, N = 1, 1024, 64, 16
+    shapes = jax.eval_shape(lambda: make(L, batch=B, channels=E, states=N, dtype=np.float32))
+
+    def temporary_bytes(implementation):
+        gradient = jax.grad(lambda arguments: jnp.sum(call(implementation, arguments)[0]))
+        return jax.jit(gradient).lower(shapes).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary_bytes("reference") > B * L * E * N * 4
+    assert temporary_bytes("xla") < B * L * E * N * 4
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("u", (2, 5)), ("dt", (2, 5, 4)), ("A", (3,)), ("A", (4, 8)), ("B", (2, 5, 7)), ("C", (2, 4, 8)), ("D", (4,)),
+        ("z", (1, 5, 3)), ("dt_bias", (1,)), ("initial_state", (2, 8, 3)), ("segment_ids", (2, 4)),
+    ],
+)  # fmt: skip
+def test_a_wrong_shape_is_refused_by_name(implementation, name, shape):
+    arguments = make(5, dtype=np.float32)
+    changed = {name: jnp.zeros(shape, jnp.int32 if name == "segment_ids" else jnp.float32)}
+    with pytest.raises(ValueError, match=rf"selective_scan: {name} "):
+        call(implementation, arguments | (changed if name in arguments else {}), **(
+            changed if name == "segment_ids" else {}
+        ))  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*NAMES, "segment_ids"])
+def test_a_wrong_dtype_is_refused_by_name(implementation, name):
+    arguments = make(5, dtype=np.float32)
+    options = {"segment_ids": jnp.zeros((2, 5))} if name == "segment_ids" else {}
+    if name in arguments:
+        arguments[name] = arguments[name].astype(jnp.int32)
+    with pytest.raises(TypeError, match=rf"selective_scan: {name} must have"):
+        call(implementation, arguments, **options)
+
+
+def test_no_tokens_is_refused(implementation):
+    with pytest.raises(ValueError, match="at least one token"):
+        call(implementation, make(0, dtype=np.float32))
+
+
+@pytest.mark.parametrize("name", ["cuda_magic", ""])
+def test_an_unknown_implementation_is_refused_not_replaced(name):
+    with pytest.raises(NotImplementedError, match=f"selective_scan has no implementation '{name}'; it has xla"):
+        call(name, make(3, dtype=np.float32))
+
+
+def test_the_override_stands_for_none_only(monkeypatch):
+    monkeypatch.setenv("PALLAS_KERNELS_IMPLEMENTATION", "nothing")
+    call("xla", make(3, dtype=np.float32))
+    with pytest.raises(NotImplementedError, match="nothing"):
+        call(None, make(3, dtype=np.float32))
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_lowers_for_accelerators(platform):
+    shapes = jax.eval_shape(lambda: make(40, channels=8, dtype=jnp.bfloat16))
+    gradient = jax.jit(jax.grad(lambda arguments: jnp.sum(call("xla", arguments)[0].astype(jnp.float32))))
+    assert jax.export.export(gradient, platforms=[platform])(shapes).platforms == (platform,)
