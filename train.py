@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 
 import tyro
@@ -23,11 +24,26 @@ def parse(arguments: list[str]) -> Config:
 def main() -> int:
     """Run; errors of the user's making end in one clear message and status 1."""
     try:
-        result = fit(parse(sys.argv[1:]))
+        config = parse(sys.argv[1:])
+        result = fit(config)
     except (ConfigError, RunDirectoryError, CheckpointError, NonFiniteError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    arguments = sys.argv[1:]
+    if result.finished:
+        print(f'Generate: python -m bm_jax.generate {shlex.quote(config.run.directory)} --prompt "..."')
+        arguments = with_steps(arguments, 2 * config.run.steps)
+    print(f"Continue: {shlex.join(['python', sys.argv[0], *arguments])}")
     return 0 if result.finished else 130
+
+
+def with_steps(arguments: list[str], steps: int) -> list[str]:
+    """The command line with another `--run.steps`."""
+    kept = []
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        if argument != "--run.steps" and before != "--run.steps" and not argument.startswith("--run.steps="):
+            kept.append(argument)
+    return [*kept, "--run.steps", str(steps)]
 
 
 if __name__ == "__main__":

@@ -138,7 +138,7 @@ class Run:
         run, batches = self.config.run, self.data.train_batches()
         if position is not None:
             batches.set_state(position)
-        rates = self._rates()
+        rates = self._rates(time.perf_counter())
         waiting: tuple[int, dict[str, Any]] | None = None
         saved = step = int(state.step)
         while step < run.steps and not interrupt:
@@ -176,13 +176,12 @@ class Run:
         sums, routing = self.eval_step(state.params, batch)
         return {"loss": sums, **routing}
 
-    def _rates(self) -> Iterator[dict[str, float]]:
-        """Speed since the last row: tokens a second, and model FLOP utilisation where the device's peak is known."""
+    def _rates(self, before: float) -> Iterator[dict[str, float]]:
+        """Speed since the last row, the first since `before`: tokens a second, and model FLOP utilisation where the device's peak is known."""
         data = self.config.data
         tokens = data.batch_size * data.sequence_length
         flops = model_flops_per_token(self.config.model, data.sequence_length)
         peak = device_peak_flops(self.mesh.devices.flat[0])
-        before = time.perf_counter()
         while True:
             now = time.perf_counter()
             speed = tokens / (now - before)
@@ -228,12 +227,12 @@ class Run:
         return losses
 
     def finish(self, state: TrainState) -> Result:
-        """Draw the pictures, generate a sample, and say how to go on."""
+        """Draw the pictures and generate a sample."""
         config, directory = self.config, Path(self.config.run.directory)
         step = int(state.step)
         finished = step >= config.run.steps
         if not finished:
-            print(f"\nStopped after step {step}; the checkpoint is saved. The same command continues.")
+            print(f"\nStopped after step {step}; the checkpoint is saved.")
             return Result(step, False, None, None)
         from bm_jax.plots import plot_expert_load, plot_losses
 
@@ -252,8 +251,6 @@ class Run:
         if loss is not None:
             print(f"Validation loss {loss:.4f} nats a token after {step} steps.")
         print(f"Pictures: {', '.join(map(str, pictures))}")
-        print(f'Generate: python -m bm_jax.generate {directory} --prompt "..."')
-        print(f"Continue: the same command with --run.steps {2 * config.run.steps}")
         return Result(step, True, loss, sample)
 
     def _sample(self, state: TrainState) -> str | None:

@@ -67,7 +67,7 @@ def make_train_step(
         key = jax.random.fold_in(state.key, state.step)
         objective, gradients, statistics = _accumulate(state.params, batch, key, config)
         with jax.named_scope("optimizer"):
-            grad_norm = optax.global_norm(gradients)
+            grad_norm = optax.tree.norm(gradients)
             finite = jnp.isfinite(objective) & jnp.isfinite(grad_norm)
 
             def update(params: Parameters, opt_state: Any) -> tuple[Parameters, Any]:

@@ -1,6 +1,15 @@
 """A small BlackMamba on the bundled Shakespeare: a few minutes on two CPU cores."""
 
-from bm_jax.config import Config, DataConfig, MambaConfig, ModelConfig, MoeConfig, OptimizerConfig, RunConfig
+from bm_jax.config import (
+    Config,
+    DataConfig,
+    MambaConfig,
+    MeshConfig,
+    ModelConfig,
+    MoeConfig,
+    OptimizerConfig,
+    RunConfig,
+)
 
 config = Config(
     model=ModelConfig(
@@ -13,7 +22,14 @@ config = Config(
         compute_dtype="float32",
         scan_unroll=3,
     ),
-    data=DataConfig(sequence_length=128, batch_size=8),
-    optimizer=OptimizerConfig(learning_rate=5e-3, warmup_steps=100),
-    run=RunConfig(directory="runs/default", steps=2000),
+    data=DataConfig(sequence_length=128, batch_size=4),
+    optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=100),
+    mesh=MeshConfig(data=1),  # too small to be worth splitting
+    run=RunConfig(
+        directory="runs/default",
+        steps=2800,
+        eval_every=700,
+        eval_batches=128,
+        checkpoint_every=700,
+    ),
 )

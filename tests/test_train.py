@@ -1,0 +1,353 @@
+"""The training run: exact continuation after every kind of stop, skipped updates, accumulation, and errors."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from bm_jax.checkpoint import CheckpointError, RunDirectoryError, lock_run_directory
+from bm_jax.config import (
+    Config,
+    ConfigError,
+    DataConfig,
+    MambaConfig,
+    MeshConfig,
+    ModelConfig,
+    MoeConfig,
+    OptimizerConfig,
+    RunConfig,
+    SourceConfig,
+)
+from bm_jax.loss import next_token_loss
+from bm_jax.metrics import read_metrics
+from bm_jax.optimizer import decay_mask, learning_rate, make_optimizer
+from bm_jax.train import NonFiniteError, fit
+from bm_jax.train_step import init_state, make_train_step
+
+ROOT = Path(__file__).resolve().parent.parent
+
+TINY = Config(
+    model=ModelConfig(
+        layers=("mamba", "moe"),
+        repeats=2,
+        vocab_size=264,
+        width=32,
+        mamba=MambaConfig(state_size=4),
+        moe=MoeConfig(experts=4, width=32),
+        compute_dtype="float32",
+    ),
+    data=DataConfig(sequence_length=32, batch_size=8),
+    optimizer=OptimizerConfig(warmup_steps=5),
+    run=RunConfig(steps=40, report_every=3, eval_every=10, eval_batches=2, checkpoint_every=10, sample_tokens=0),
+)
+FLAGS = (
+    "--model.repeats 2 --model.width 32 --model.mamba.state-size 4 --model.moe.experts 4 --model.moe.width 32 "
+    "--model.scan-unroll 1 --data.sequence-length 32 --data.batch-size 8 --optimizer.warmup-steps 5 --run.steps 40 "
+    "--run.report-every 3 --run.eval-every 10 --run.eval-batches 2 --run.checkpoint-every 10 --run.sample-tokens 0"
+).split()
+
+
+def at(directory: Path, **run) -> Config:
+    return dataclasses.replace(TINY, run=dataclasses.replace(TINY.run, directory=str(directory), **run))
+
+
+def history(directory: Path) -> list[dict]:
+    """The rows of a run without what depends on the clock."""
+    clocks = ("tokens_per_second", "model_flop_utilisation")
+    return [{k: v for k, v in row.items() if k not in clocks} for row in read_metrics(directory)]
+
+
+def start(directory: Path, *extra: str) -> subprocess.Popen:
+    command = [sys.executable, "train.py", "--run.directory", str(directory), *FLAGS, *extra]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for_rows(process: subprocess.Popen, directory: Path, rows: int) -> None:
+    deadline = time.monotonic() + 240
+    while process.poll() is None and time.monotonic() < deadline:
+        path = directory / "metrics.jsonl"
+        if path.exists() and path.read_bytes().count(b"\n") >= rows:
+            return
+        time.sleep(0.002)
+    raise AssertionError(f"the run ended or hung before row {rows}: {process.stdout.read() if process.poll() else ''}")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """An uninterrupted run, in this process."""
+    directory = tmp_path_factory.mktemp("whole")
+    result = fit(at(directory, sample_tokens=20))
+    assert result.finished
+    assert result.step == 40
+    assert len(result.sample) > 20
+    return directory
+
+
+def test_a_run_reports_what_it_should(whole):
+    rows = history(whole)
+    assert [row["step"] for row in rows] == list(range(1, 41))
+    assert all({"objective", "grad_norm", "learning_rate", "skipped"} <= row.keys() for row in rows)
+    assert rows[-1]["objective"] < rows[0]["objective"] - 1
+    assert [row["step"] for row in rows if "loss" in row] == [*range(3, 40, 3), 40]
+    assert [row["step"] for row in rows if "validation_loss" in row] == [10, 20, 30, 40]
+    load = np.array(rows[-1]["expert_load"])
+    assert load.shape == (2, 4)
+    np.testing.assert_allclose(load.sum(-1), 1, atol=1e-6)
+    assert (whole / "losses.png").stat().st_size > 1000
+    assert (whole / "expert_load.png").stat().st_size > 1000
+    assert list((whole / "tensorboard").iterdir())
+
+
+def test_reported_losses_use_inference_routing(whole, tmp_path):
+    """The first reported loss is that of the parameters before step 3 on batch 3, routed as in inference."""
+    from bm_jax.data.pipeline import open_data
+
+    config = TINY
+    optimizer = make_optimizer(config.optimizer, 40)
+    state, step = init_state(config, optimizer), jax.jit(make_train_step(config, optimizer))
+    batches = open_data(config.data, 264).train_batches()
+    for _ in range(2):
+        state, _ = step(state, next(batches))
+    sums, _ = jax.jit(lambda p, b: next_token_loss(p, b, config.model))(state.params, next(batches))
+    row = next(row for row in history(whole) if row["step"] == 3)
+    assert row["loss"] == pytest.approx(float(sums.nll / sums.count), rel=1e-6)
+    assert row["loss"] != row["objective"]
+
+
+@pytest.mark.slow
+def test_killed_at_several_moments_it_continues_bit_for_bit(whole, tmp_path):
+    """SIGKILL in the first interval, while checkpoints are being saved, and between them; then to the end."""
+    for rows in (4, 10, 21, 33):
+        process = start(tmp_path)
+        wait_for_rows(process, tmp_path, rows)
+        process.kill()
+        process.wait()
+    # A power cut in the middle of a save leaves a part of a checkpoint.
+    newest = max((p for p in (tmp_path / "checkpoints").iterdir() if p.name.isdecimal()), key=lambda p: int(p.name))
+    shutil.copytree(newest, tmp_path / "checkpoints" / "39.partial")
+    process = start(tmp_path)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert history(tmp_path) == history(whole)
+
+
+@pytest.mark.slow
+def test_a_damaged_newest_checkpoint_is_set_aside_and_the_run_continues(whole, tmp_path):
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    newest = tmp_path / "checkpoints" / "40"
+    victim = max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    os.truncate(victim, victim.stat().st_size // 2)
+    with pytest.warns(RuntimeWarning, match=r"40"):
+        fit(at(tmp_path))
+    assert history(tmp_path) == history(whole)
+    assert (tmp_path / "checkpoints" / "40.corrupt").is_dir()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_stop_it_saves_and_continues_bit_for_bit(whole, tmp_path, number):
+    process = start(tmp_path, "--run.checkpoint-every", "1000")
+    wait_for_rows(process, tmp_path, 5)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 130, output
+    assert "Continue: python train.py --run.directory" in output
+    stopped = history(tmp_path)[-1]["step"]
+    assert stopped < 40
+    assert (tmp_path / "checkpoints" / str(stopped)).is_dir()
+    fit(at(tmp_path))
+    assert history(tmp_path) == history(whole)
+
+
+def test_a_longer_run_continues_from_a_finished_one(whole, tmp_path):
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    result = fit(at(tmp_path, steps=45))
+    assert result.step == 45
+    assert [row["step"] for row in history(tmp_path)] == list(range(1, 46))
+
+
+def test_another_model_data_or_seed_is_refused_and_nothing_is_written(whole, tmp_path):
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file() and p.name != ".lock"}
+    wider = dataclasses.replace(at(tmp_path), model=dataclasses.replace(TINY.model, width=64))
+    with pytest.raises(ConfigError, match="width was 32, is now 64"):
+        fit(wider)
+    longer = dataclasses.replace(at(tmp_path), data=dataclasses.replace(TINY.data, sequence_length=16))
+    with pytest.raises(ConfigError, match="sequence_length was 32, is now 16"):
+        fit(longer)
+    (tmp_path / "config.json").unlink()  # without its configuration, the arrays still do not fit
+    with pytest.raises(CheckpointError, match="embedding"):
+        fit(wider)
+    after = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file() and p.name != ".lock"}
+    before.pop(tmp_path / "config.json")
+    assert after == before
+
+
+def test_a_run_directory_in_use_is_refused(tmp_path):
+    with lock_run_directory(tmp_path), pytest.raises(RunDirectoryError, match=f"in use by process {os.getpid()}"):
+        fit(at(tmp_path))
+    assert not (tmp_path / "config.json").exists()
+
+
+def test_bad_inputs_are_named(tmp_path):
+    def run(**parts) -> None:
+        fit(dataclasses.replace(at(tmp_path), **parts))
+
+    with pytest.raises(ConfigError, match=r"no/tokenizer\.json"):
+        run(data=dataclasses.replace(TINY.data, tokenizer="no/tokenizer.json"))
+    with pytest.raises(ConfigError, match="no/data"):
+        run(data=dataclasses.replace(TINY.data, sources=(SourceConfig("no/data"),)))
+    with pytest.raises(ConfigError, match="vocab_size"):
+        run(model=dataclasses.replace(TINY.model, vocab_size=256))
+    with pytest.raises(ConfigError, match="needs 2 devices, there are 1"):
+        run(mesh=MeshConfig(data=2))
+    assert not (tmp_path / "config.json").exists()
+
+
+@pytest.mark.slow
+def test_the_command_line_names_near_misses(tmp_path):
+    def run(*arguments: str) -> str:
+        command = [sys.executable, "train.py", *arguments]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        assert done.returncode not in (0, 130)
+        assert "Traceback" not in done.stderr
+        return done.stdout + done.stderr
+
+    assert "--run.steps" in run("default", "--run.stepz", "5")
+    assert "invalid" in run("default", "--run.steps", "many").lower()
+    assert "blackmamba_340m_1p5b" in run("blackmamba_340m")
+    assert "width must be a positive integer, got -1" in run("--model.width", "-1", "--run.directory", str(tmp_path))
+    assert "must be a multiple of mesh.expert" in run("--mesh.expert", "3", "--run.directory", str(tmp_path))
+
+
+def batch_of(seed: int, rows: int = 8) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    lengths = np.sort(rng.integers(1, 32, (rows, 1)))
+    return {
+        "tokens": rng.integers(0, 257, (rows, 33)).astype(np.int32),
+        "segment_ids": (1 + (np.arange(33) >= lengths)).astype(np.int32),
+    }
+
+
+def one_step(config: Config, batch) -> tuple:
+    # Plain gradient descent: Adam turns the rounding of a tiny gradient into a full step.
+    optimizer = optax.sgd(1.0)
+    state = init_state(config, optimizer)
+    return jax.jit(make_train_step(config, optimizer))(state, batch)
+
+
+def assert_close(tree, other, rtol: float) -> None:
+    for a, b in zip(jax.tree.leaves(tree), jax.tree.leaves(other), strict=True):
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * float(np.abs(b).max()))
+
+
+@pytest.mark.parametrize("router", ["topk", "switch"])
+def test_accumulation_equals_one_batch(router):
+    """Routers that look at one token at a time: Sinkhorn and the balance loss depend on what is in a microbatch."""
+    model = dataclasses.replace(TINY.model, moe=dataclasses.replace(TINY.model.moe, router=router))
+    base = dataclasses.replace(TINY, model=model, run=dataclasses.replace(TINY.run, z_loss=1e-3))
+    split = dataclasses.replace(base, run=dataclasses.replace(base.run, accumulation=4))
+    (state, metrics), (other, other_metrics) = one_step(base, batch_of(0)), one_step(split, batch_of(0))
+    # float32 sums of the same terms in another order
+    assert metrics["objective"] == pytest.approx(float(other_metrics["objective"]), rel=1e-6)
+    assert_close(state.params, other.params, 1e-5)
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_remat_changes_nothing(remat):
+    other = dataclasses.replace(TINY, run=dataclasses.replace(TINY.run, remat=remat))
+    (state, metrics), (again, other_metrics) = one_step(TINY, batch_of(1)), one_step(other, batch_of(1))
+    assert metrics["objective"] == pytest.approx(float(other_metrics["objective"]), rel=1e-6)
+    assert_close(state.params, again.params, 1e-5)
+
+
+def test_a_non_finite_step_is_skipped_and_counted():
+    optimizer = make_optimizer(TINY.optimizer, 40)
+    state = init_state(TINY, optimizer)
+    bad = state.replace(params={**state.params, "final_norm": state.params["final_norm"] * jnp.inf})
+    step = jax.jit(make_train_step(TINY, optimizer))
+    after, metrics = step(bad, batch_of(2))
+    assert not np.isfinite(metrics["objective"])
+    assert (int(after.step), int(after.skipped), int(after.skipped_in_row)) == (1, 1, 1)
+    for a, b in zip(jax.tree.leaves((after.params, after.opt_state)), jax.tree.leaves((bad.params, bad.opt_state)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    good, _ = step(after.replace(params=state.params), batch_of(2))
+    assert (int(good.step), int(good.skipped), int(good.skipped_in_row)) == (2, 1, 0)
+    assert not np.array_equal(good.params["embedding"], state.params["embedding"])
+
+
+def test_too_many_non_finite_steps_stop_the_run(tmp_path):
+    config = dataclasses.replace(
+        at(tmp_path, max_nonfinite_steps=3), optimizer=OptimizerConfig(learning_rate=1e30, warmup_steps=0, clip_norm=1e30)
+    )
+    with pytest.raises(NonFiniteError, match="3 steps in a row"):
+        fit(config)
+    assert [row["skipped"] for row in read_metrics(tmp_path)][-3:] == [1, 2, 3]
+    assert isinstance(json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["objective"], str)
+
+
+def test_decay_spares_states_skips_biases_and_norms():
+    model = dataclasses.replace(
+        TINY.model, layers=("mamba", "attention", "mlp", "moe"), mamba=MambaConfig(inner_norms=True), width=32
+    )
+    params = jax.eval_shape(lambda: init_state(dataclasses.replace(TINY, model=model), optax.identity()).params)
+    mask = {
+        "/".join(str(entry.key) for entry in path): value
+        for path, value in jax.tree_util.tree_leaves_with_path(decay_mask(params))
+    }
+    spared = {path.rsplit("/", 1)[-1] for path, decays in mask.items() if not decays}
+    decayed = {path.rsplit("/", 1)[-1] for path, decays in mask.items() if decays}
+    assert spared == {
+        "A_log", "D", "dt_bias", "conv_bias", "router_bias", "norm", "dt_norm", "B_norm", "C_norm", "final_norm",
+        "final_norm_bias",
+    }  # fmt: skip
+    assert decayed == {
+        "embedding", "in_proj", "conv_weight", "x_proj", "dt_proj", "out_proj", "query", "key", "value", "out", "w_in",
+        "w_out", "router",
+    }  # fmt: skip
+
+
+def test_schedules():
+    cosine = learning_rate(OptimizerConfig(learning_rate=1.0, warmup_steps=10, final_fraction=0.1), 110)
+    rates = np.array([cosine(i) for i in range(111)])
+    np.testing.assert_allclose(rates[:10], np.arange(1, 11) / 10, rtol=1e-6)
+    expected = 0.1 + 0.9 * (1 + np.cos(np.pi * np.arange(101) / 100)) / 2
+    np.testing.assert_allclose(rates[10:], expected, rtol=1e-5)
+    stable = learning_rate(
+        OptimizerConfig(learning_rate=1.0, warmup_steps=10, schedule="wsd", decay_fraction=0.2, final_fraction=0.0), 100
+    )
+    rates = np.array([stable(i) for i in range(101)])
+    np.testing.assert_allclose(rates[10:81], 1)
+    np.testing.assert_allclose(rates[80:], np.linspace(1, 0, 21), atol=1e-6)
+    constant = learning_rate(OptimizerConfig(learning_rate=1.0, warmup_steps=0, schedule="constant"), 100)
+    assert [float(constant(i)) for i in (0, 1, 99)] == [1, 1, 1]
+
+
+@pytest.mark.slow
+def test_eight_devices_give_the_losses_of_one(whole, run_with_devices, tmp_path):
+    """Every batch and parameter axis at once; routing of training may flip on rounding, so only the first steps."""
+    source = f"""
+import dataclasses, sys
+sys.path.insert(0, {str(ROOT / "tests")!r})
+import test_train
+from bm_jax.config import MeshConfig
+config = test_train.at({str(tmp_path)!r}, steps=4, checkpoint_every=2)
+test_train.fit(dataclasses.replace(config, mesh=MeshConfig(data=2, fsdp=2, expert=2)))
+"""
+    run_with_devices(source, devices=8)
+    for row, other in zip(history(tmp_path), history(whole), strict=False):
+        assert row["objective"] == pytest.approx(other["objective"], rel=1e-4)
+        assert row["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
