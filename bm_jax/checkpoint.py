@@ -112,10 +112,6 @@ class Checkpoints:
     def __init__(self, directory: str | os.PathLike, *, keep_last: int, keep_every: int | None = None):
         self.directory = Path(directory).absolute()
         self._keep_last, self._keep_every = keep_last, keep_every
-        self._checkpointer = ocp.AsyncCheckpointer(
-            ocp.StandardCheckpointHandler(),
-            async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
-        )
         self._finisher = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._saving: concurrent.futures.Future[None] | None = None
         self._attempts = itertools.count(1)
@@ -133,8 +129,6 @@ class Checkpoints:
             logger.error("%s", failure)
         finally:
             self._finisher.shutdown()
-            with contextlib.suppress(Exception):  # an error of the last save, already reported
-                self._checkpointer.close()
 
     def steps(self) -> list[int]:
         """Steps with a complete checkpoint, oldest first. Their files are not verified here."""
@@ -166,12 +160,17 @@ class Checkpoints:
             self._remove_leftovers()
             self._require_space(step, sum(_bytes(leaf) for leaf in leaves.values()))
             _write_json(partial, leaves=_describe(leaves), data_state=data_state, config=config)
-            self._checkpointer.save(partial / "state", args=ocp.args.StandardSave(_nest(leaves)))
+            # One for each save: after an error it would raise that again at the next one.
+            checkpointer = ocp.AsyncCheckpointer(
+                ocp.StandardCheckpointHandler(),
+                async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
+            )
+            checkpointer.save(partial / "state", args=ocp.args.StandardSave(_nest(leaves)))
         except CheckpointError:
             raise
         except Exception as error:
             raise self._failed(step, error) from error
-        self._saving = self._finisher.submit(self._finish, step, partial)
+        self._saving = self._finisher.submit(self._finish, step, partial, checkpointer)
 
     def wait(self) -> None:
         """Wait until the save in progress is complete on disk.
@@ -212,10 +211,10 @@ class Checkpoints:
         state = jax.tree.unflatten(jax.tree.structure(abstract_state), [values[path] for path in wanted])
         return Restored(step, state, _read_json(folder, "data_state"), _read_json(folder, "config"))
 
-    def _finish(self, step: int, partial: Path) -> None:
+    def _finish(self, step: int, partial: Path, checkpointer: ocp.AsyncCheckpointer) -> None:
         """In the background: wait for Orbax, seal and publish the checkpoint, delete those no longer kept."""
         try:
-            self._checkpointer.wait_until_finished()
+            checkpointer.close()
             _seal(partial)
             _publish(partial, self.directory / str(step))
         except Exception as error:
