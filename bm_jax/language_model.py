@@ -21,7 +21,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -35,6 +35,7 @@ from bm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from bm_jax.model import Parameters, forward, init_parameters
 from bm_jax.model import logits as unembed
 from bm_jax.sampling import SamplingConfig
+from bm_jax.sharding import path_name
 
 FORMAT, VERSION = "blackmamba-jax model", 1
 PIECE = 2048
@@ -81,24 +82,27 @@ class Detokenizer:
     def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._ids = list(before[-self.CONTEXT :])
-        self._done = _settled(tokenizer.decode(self._ids))
+        text = tokenizer.decode(self._ids)
+        self._done = text[: _settled(text)]
 
     def push(self, ids: Sequence[int]) -> str:
         """Text that `ids` settle."""
         self._ids += ids
         text = self._tokenizer.decode(self._ids)
-        settled = max(_settled(text), self._done)
-        piece, self._done = text[self._done : settled], settled
+        settled = _settled(text)
+        if settled < len(text) and not text[:settled].startswith(self._done):
+            return ""  # a tokenizer that shows a whole run of bytes as broken until its last character is complete
+        piece, self._done = text[len(self._done) : settled], text[:settled]
         if settled == len(text) and len(self._ids) > 4 * self.CONTEXT:
             kept = self._tokenizer.decode(self._ids[-self.CONTEXT :])
             if text.endswith(kept):
-                self._ids, self._done = self._ids[-self.CONTEXT :], len(kept)
+                self._ids, self._done = self._ids[-self.CONTEXT :], kept
         return piece
 
     def flush(self) -> str:
         """Text held back: at most a character that was never completed, as U+FFFD."""
         text = self._tokenizer.decode(self._ids)
-        piece, self._done = text[self._done :], max(len(text), self._done)
+        piece, self._done = text[len(self._done) :], text
         return piece
 
 
@@ -196,9 +200,7 @@ class LanguageModel:
         self.max_prompt_tokens, self.max_batch = max_prompt_tokens, max_batch
 
     @classmethod
-    def load(
-        cls, directory: str | os.PathLike[str], *, max_prompt_tokens: int = 65536, max_batch: int = 64
-    ) -> LanguageModel:
+    def load(cls, directory: str | os.PathLike[str], *, max_prompt_tokens: int = 65536, max_batch: int = 64) -> LanguageModel:
         """Read a model directory (made by `save`) or the newest checkpoint of a training run's directory.
 
         Raises:
@@ -216,9 +218,7 @@ class LanguageModel:
                 raise ConfigError(f"{path} has no params folder: the model directory is incomplete")
             parameters = load_parameters(path / "params")
         # The float32 originals wait on the host; the device holds only what inference reads.
-        return cls(
-            config, jax.device_get(parameters), tokenizer, max_prompt_tokens=max_prompt_tokens, max_batch=max_batch
-        )
+        return cls(config, jax.device_get(parameters), tokenizer, max_prompt_tokens=max_prompt_tokens, max_batch=max_batch)
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write a self-contained model directory, all or nothing.
@@ -342,9 +342,7 @@ class LanguageModel:
 
     def _stream(self, prompts: Sequence[Prompt], configs: Sequence[SamplingConfig]) -> Iterator[Piece]:
         """Check and encode every prompt, then decode them in turns of `max_batch`, those of similar length together."""
-        ids = [
-            self._encode(prompt, row, config) for row, (prompt, config) in enumerate(zip(prompts, configs, strict=True))
-        ]
+        ids = [self._encode(prompt, row, config) for row, (prompt, config) in enumerate(zip(prompts, configs, strict=True))]
         order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
         turns = [order[i : i + self.max_batch] for i in range(0, len(order), self.max_batch)]
         return (
@@ -359,16 +357,12 @@ class LanguageModel:
             try:
                 prompt.encode()
             except UnicodeEncodeError as error:
-                raise ValueError(
-                    f"{where} is not valid Unicode text: {error.reason} at character {error.start}"
-                ) from None
+                raise ValueError(f"{where} is not valid Unicode text: {error.reason} at character {error.start}") from None
             ids = self.tokenizer.encode(prompt)
         else:
             array = np.asarray(prompt)
             if array.ndim != 1 or not (array.size == 0 or np.issubdtype(array.dtype, np.integer)):
-                raise ValueError(
-                    f"{where} must be text or a list of token ids, got {type(prompt).__name__}: {prompt!r}"
-                )
+                raise ValueError(f"{where} must be text or a list of token ids, got {type(prompt).__name__}: {prompt!r}")
             ids = [int(i) for i in array]
         if not ids:
             raise ValueError(f"{where} is empty: a prompt needs at least one token, for example a line break")
@@ -452,15 +446,20 @@ def _check_ids(ids: np.ndarray, size: int, where: str) -> None:
         raise ValueError(f"{where} contains token id {wrong.flat[0]}, outside the range 0 to {size - 1}")
 
 
+def _shapes(parameters: Parameters) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(parameters)
+    return {path_name(path): np.shape(leaf) for path, leaf in leaves}
+
+
+@lru_cache
+def _expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    return _shapes(jax.eval_shape(lambda: init_parameters(config, jax.random.key(0))))
+
+
 def _check_parameters(config: ModelConfig, parameters: Parameters) -> None:
     """Raise ConfigError unless `parameters` have the names and shapes of `config`."""
 
-    def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-        leaves = jax.tree_util.tree_leaves_with_path(tree)
-        return {"/".join(str(entry.key) for entry in path): np.shape(leaf) for path, leaf in leaves}
-
-    expected = shapes(jax.eval_shape(lambda: init_parameters(config, jax.random.key(0))))
-    found = shapes(parameters)
+    expected, found = _expected_shapes(config), _shapes(parameters)
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
             raise ConfigError(

@@ -1,8 +1,8 @@
 """Choosing tokens: how the next id is drawn from logits, and the loop that does it again and again on the device.
 
-A row's draw depends on its own logits, seed and token index alone: token `i` of a request with seed `s` uses the key
-`fold_in(key(s), i)`. The same request therefore gives the same text alone and in any row of any batch (as far as the
-logits agree: products of another batch size may round differently).
+A row's draw depends on its own logits, seed and token index alone: token `i` of a request with seed `s` is drawn with
+the Threefry key `(s, i)`. The same request therefore gives the same text alone and in any row of any batch (as far as
+the logits agree: products of another batch size may round differently).
 
 What is asked of each row is data, arrays `[B]`, so changing it compiles nothing.
 """
@@ -115,9 +115,7 @@ def sample(
         # The largest is subtracted first, so that no temperature overflows.
         scaled = (logits - jnp.max(logits, axis=-1, keepdims=True)) / jnp.where(greedy, 1, temperature)[:, None]
         filtered = jnp.any((top_k > 0) | (top_p < 1))  # sorting the vocabulary costs more than all the rest
-        kept = jax.lax.cond(
-            filtered, lambda: candidates(scaled, top_k, top_p), lambda: jnp.ones_like(scaled, dtype=bool)
-        )
+        kept = jax.lax.cond(filtered, lambda: candidates(scaled, top_k, top_p), lambda: jnp.ones_like(scaled, dtype=bool))
         return jax.vmap(jax.random.categorical)(keys, jnp.where(kept, scaled, -jnp.inf)).astype(jnp.int32)
 
     return jnp.where(greedy, best, jax.lax.cond(jnp.all(greedy), lambda: best, draw))
@@ -160,7 +158,8 @@ def make_rows(configs: Sequence[SamplingConfig], batch: int, *, end: int, vocab_
 def row_keys(seed: Array, index: Array) -> Array:
     """Keys `[B]` for token `index[b]` of a request with seed `seed[b]`."""
     # Threefry by name: the other generators give a row another draw in another batch.
-    return jax.vmap(lambda s, i: jax.random.fold_in(jax.random.key(s, impl="threefry2x32"), i))(seed, index)
+    words = jnp.stack([seed.astype(jnp.uint32), index.astype(jnp.uint32)], axis=-1)
+    return jax.random.wrap_key_data(words, impl="threefry2x32")
 
 
 @partial(jax.jit, static_argnames=("config", "batch", "max_length"))
@@ -222,6 +221,7 @@ def decode(
     def body(carry):
         step, cache, token, index, alive, drawn = carry
         output = forward(parameters, token[:, None], config, cache=cache)
+        assert output.cache is not None
         token = choose(head, output.hidden, rows, index, config)
         drawn = drawn.at[:, step].set(jnp.where(alive, token, -1))
         index = index + 1
