@@ -296,10 +296,11 @@ def load_parameters(directory: str | os.PathLike, abstract: Any = None) -> Any:
 
 
 def restore_parameters(run_directory: str | os.PathLike, abstract: Any = None) -> Any:
-    """Only the parameters (`params` of the state) of the newest undamaged checkpoint of a run; reads nothing else.
+    """Only the parameters (`params` of the state) of the newest undamaged checkpoint of a run.
 
-    `run_directory` is the folder given to `Checkpoints` or its parent, when that folder is named `checkpoints`.
-    `abstract` is as in `load_parameters`. Changes nothing on disk.
+    All of its files are verified, but no other array is loaded, and nothing is changed on disk. `run_directory` is the
+    folder given to `Checkpoints`, or its parent when that folder is named `checkpoints`. `abstract` is as in
+    `load_parameters`.
 
     Raises:
         CheckpointError: there is no undamaged checkpoint, or it differs from `abstract`.
@@ -367,9 +368,8 @@ def _digests(folder: Path) -> dict[str, list[Any]]:
 
     files = _files(folder)
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        return {
-            str(path.relative_to(folder)): value for path, value in zip(files, pool.map(digest, files), strict=True)
-        }
+        digests = pool.map(digest, files)
+        return {str(path.relative_to(folder)): value for path, value in zip(files, digests, strict=True)}
 
 
 def _sync(path: Path) -> None:
@@ -456,10 +456,8 @@ def _require_same(folder: Path, saved: dict[str, list[Any]], wanted: dict[str, l
 
     paths = [path for path in {**wanted, **saved} if saved.get(path) != wanted.get(path)]
     if paths:
-        listed = "".join(
-            f"\n  {path}: {show(saved.get(path))} in the checkpoint, {show(wanted.get(path))} here"
-            for path in paths[:5]
-        )
+        first = {path: (show(saved.get(path)), show(wanted.get(path))) for path in paths[:5]}
+        listed = "".join(f"\n  {path}: {there} in the checkpoint, {here} here" for path, (there, here) in first.items())
         raise CheckpointError(
             f"checkpoint {folder} was made with another configuration: {len(paths)} of {len({**wanted, **saved})} "
             f"arrays differ, among them{listed}\nSet run.directory to another folder, or use the configuration it was "
@@ -502,11 +500,8 @@ def _read_arrays(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
 
 def _read_subtree(folder: Path, prefix: str, abstract: Any) -> Any:
     """The arrays whose path begins with `prefix`, in the structure of `abstract` (nested dicts if None)."""
-    saved = {
-        path.removeprefix(prefix): leaf
-        for path, leaf in _read_json(folder, "leaves").items()
-        if path.startswith(prefix)
-    }
+    leaves = _read_json(folder, "leaves")
+    saved = {path.removeprefix(prefix): leaf for path, leaf in leaves.items() if path.startswith(prefix)}
     if not saved:
         raise CheckpointError(f"checkpoint {folder} holds no parameters.")
     if abstract is None:

@@ -64,7 +64,7 @@ def model_flops_per_token(config: ModelConfig, sequence_length: int, *, training
 
     - mamba: 6 E M (in and out projections) + 2 E K (convolution) + E (11 N + 4 R + 1) (x and dt projections and scan,
       as in Zyphra's cookbook)
-    - attention: 2 M D (2 heads + 2 kv_heads) + 4 D heads S, where S = L / 2 tokens are seen on average, or
+    - attention: 4 M D (heads + kv_heads) + 4 D heads S, where S = L / 2 tokens are seen on average, or
       W - W^2 / (2 L) with a sliding window W < L
     - mlp: 4 M F, or 6 M F when gated
     - moe: 2 M X (router) + top_k times an mlp
@@ -82,8 +82,7 @@ def model_flops_per_token(config: ModelConfig, sequence_length: int, *, training
     seen = window - window**2 / (2 * L)
     forward = {
         "mamba": 6 * E * M + 2 * E * mamba.conv_width + E * (11 * mamba.state_size + 4 * config.dt_rank + 1),
-        "attention": config.head_size
-        * (2 * M * (2 * attention.heads + 2 * attention.kv_heads) + 4 * attention.heads * seen),
+        "attention": (4 * M * (attention.heads + attention.kv_heads) + 4 * attention.heads * seen) * config.head_size,
         "mlp": mlp(config.mlp.width, config.mlp.activation),
         "moe": 2 * M * moe.experts + moe.top_k * mlp(moe.width, moe.activation),
     }
@@ -199,9 +198,9 @@ class ProgressBar:
         self._shown: dict[str, str] = {}
         self._printed, self._began = time.monotonic(), None
         interactive = self._file.isatty() or (file is None and "ipykernel" in sys.modules)
-        self._bar = (
-            tqdm(total=total, initial=initial, unit="step", dynamic_ncols=True, file=file) if interactive else None
-        )
+        self._bar = None
+        if interactive:
+            self._bar = tqdm(total=total, initial=initial, unit="step", dynamic_ncols=True, file=file)
 
     def __enter__(self) -> ProgressBar:
         return self
