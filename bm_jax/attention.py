@@ -59,9 +59,8 @@ def attention(
     if config.attention.rotary:
         query = rotate(query, context.positions, config.attention.rotary_base)
         key = rotate(key, context.positions, config.attention.rotary_base)
-    first = 0
+    first = context.cached
     if cache is not None:
-        first = context.cached
         key, value = (
             jax.lax.dynamic_update_slice_in_dim(cache[name], new.astype(cache[name].dtype), first, axis=1)
             for name, new in (("key", key), ("value", value))

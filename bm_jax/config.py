@@ -1,7 +1,7 @@
 """Configuration: frozen dataclasses for the model, data, optimizer, mesh and run, checked when they are made.
 
-A model is a *period* of layer kinds repeated `repeats` times. Every system this project compares is a value of
-`ModelConfig`: BlackMamba is `("mamba", "moe")`, Mamba is `("mamba",)`, a Transformer is `("attention", "mlp")`.
+A model is a *period* of layer kinds repeated `repeats` times. Every system compared here is a value of `ModelConfig`:
+BlackMamba is `("mamba", "moe")`, Mamba is `("mamba",)`, a Transformer is `("attention", "mlp")`.
 
 Every class here validates in `__post_init__` and raises `ConfigError` naming the field, the value and what was expected.
 `to_dict` and `from_dict` are the one way to and from JSON.

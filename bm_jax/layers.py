@@ -22,10 +22,10 @@ class Context(NamedTuple):
     """`[B, L]`, False at padding; None when there is none."""
     positions: Array
     """Tokens of the same document before each token `[B, L]`, cached ones included."""
-    continues: Array | None
-    """`[B]`, whether the first token continues the document that the cache holds; None without a cache."""
-    cached: Array | None
-    """Tokens fed to the cache before these, a scalar; None without a cache."""
+    continues: Array
+    """`[B]`, whether the first token continues the document that the cache holds."""
+    cached: Array
+    """Tokens fed to the cache before these, a scalar; 0 without a cache."""
 
 
 def rms_norm(x: Array, scale: Array, eps: float) -> Array:
@@ -42,7 +42,7 @@ def layer_norm(x: Array, scale: Array, bias: Array, eps: float) -> Array:
 
 
 def project(x: Array, kernel: Array, dtype: jnp.dtype) -> Array:
-    """Contract the last axis of x with the first of kernel, both cast to `dtype`; the result is `[..., *kernel.shape[1:]]`."""
+    """Contract the last axis of x with the first of kernel, both cast to `dtype`, to `[..., *kernel.shape[1:]]`."""
     return jnp.tensordot(x.astype(dtype), kernel.astype(dtype), axes=1)
 
 

@@ -23,7 +23,7 @@ class LossSums(NamedTuple):
     """Negative log likelihood in nats."""
     z: Array
     """Squared logsumexp of the logits."""
-    count: Array
+    tokens: Array
     """Predicted tokens."""
 
 

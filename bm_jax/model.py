@@ -8,7 +8,7 @@ The functions `init_parameters`, `forward` and `logits` are the interface; the L
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -143,7 +143,7 @@ class Model(nn.Module):
             period,
             variable_axes={"params": 0},
             split_rngs={"params": True, "jitter": True},
-            in_axes=(0, nn.broadcast),
+            in_axes=cast(Any, (0, nn.broadcast)),
             length=config.repeats,
             unroll=config.scan_unroll,
         )(config, self.training, name="periods")
@@ -174,21 +174,22 @@ def _context(tokens: Array, segment_ids: Array | None, cache: Cache | None) -> C
     starts = jnp.zeros((B, L), bool)
     if segment_ids is not None:
         starts = starts.at[:, 1:].set(segment_ids[:, 1:] != segment_ids[:, :-1])
-    before = continues = None
-    if cache is not None:
-        continues = jnp.ones(B, bool) if segment_ids is None else segment_ids[:, 0] == cache.segment
-        before = jnp.where(continues, cache.positions, 0)
     first = jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
     positions = index - first
-    if before is not None:
+    continues, cached = jnp.ones(B, bool), jnp.zeros((), jnp.int32)
+    if cache is not None:
+        cached = cache.length
+        if segment_ids is not None:
+            continues = segment_ids[:, 0] == cache.segment
+        before = jnp.where(continues, cache.positions, 0)
         positions = jnp.where(first == 0, positions + before[:, None], positions)
     mask = None if segment_ids is None else segment_ids != 0
-    return Context(segment_ids, mask, positions, continues, None if cache is None else cache.length)
+    return Context(segment_ids, mask, positions, continues, cached)
 
 
 def init_parameters(config: ModelConfig, key: Array) -> Parameters:
     """Fresh float32 parameters as a nested dict; `jax.eval_shape` of this allocates nothing."""
-    return Model(config).init({"params": key}, jnp.zeros((1, 1), jnp.int32))["params"]
+    return dict(Model(config).init({"params": key}, jnp.zeros((1, 1), jnp.int32))["params"])
 
 
 def forward(
@@ -214,8 +215,12 @@ def forward(
         remat: what the backward pass recomputes in each period: none, dots or full.
         key: for router input jitter; needed only when that is on in training.
     """
+    if training and "moe" in config.kinds and config.moe.input_jitter and key is None:
+        raise ValueError("forward: training with moe.input_jitter draws noise; give a key")
     rngs = None if key is None else {"jitter": key}
-    return Model(config, training, remat).apply({"params": parameters}, tokens, segment_ids, cache, rngs=rngs)
+    return cast(
+        Output, Model(config, training, remat).apply({"params": parameters}, tokens, segment_ids, cache, rngs=rngs)
+    )
 
 
 def logits(parameters: Parameters, hidden: Hidden, config: ModelConfig) -> Logits:

@@ -1,4 +1,4 @@
-"""The mixture-of-experts layer: route, sort tokens by expert, one grouped product, undo the sort, weigh by the gates."""
+"""The mixture-of-experts layer: route, sort tokens by expert, grouped products, undo the sort, weigh by the gates."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def moe(
         context: padding tokens are sent to no expert and get zero.
         config: the model.
         training: routing of training (Sinkhorn, capacity, jitter) or of inference.
-        key: for input jitter, needed only when that is on in training.
+        key: for input jitter; None for none.
 
     Returns:
         `[B, L, M]` in the compute dtype, and the routing statistics of this call.
@@ -56,7 +56,7 @@ def moe(
     mask = None if context.mask is None else context.mask.reshape(-1)
     with jax.named_scope("router"):
         inputs = tokens.astype(jnp.promote_types(dtype, jnp.float32))
-        if training and config.moe.input_jitter:
+        if key is not None:
             inputs = jitter(inputs, key, config.moe.input_jitter)
         logits = jnp.dot(inputs, parameters["router"], precision=jax.lax.Precision.HIGHEST)
         if config.moe.router_bias:

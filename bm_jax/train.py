@@ -15,11 +15,12 @@ from __future__ import annotations
 
 import ctypes
 import json
+import math
 import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -177,7 +178,7 @@ class Run:
         return {"loss": sums, **routing}
 
     def _rates(self, before: float) -> Iterator[dict[str, float]]:
-        """Speed since the last row, the first since `before`: tokens a second, and model FLOP utilisation where the device's peak is known."""
+        """Speed since the last row: tokens a second, and model FLOP utilisation where the device's peak is known."""
         data = self.config.data
         tokens = data.batch_size * data.sequence_length
         flops = model_flops_per_token(self.config.model, data.sequence_length)
@@ -194,8 +195,8 @@ class Run:
     ) -> None:
         """Fetch what one step measured, log it, and stop the run if it diverged."""
         row = jax.device_get(metrics)
-        if isinstance(row.get("loss"), LossSums):
-            row["loss"] = float(row["loss"].nll / max(row["loss"].count, 1))
+        if "loss" in row:
+            row["loss"] = _mean(row["loss"])
         in_row = int(row.pop("skipped_in_row"))
         row["learning_rate"] = float(self.schedule(step - 1 - int(row["skipped"])))
         writer.write(step, row | rates)
@@ -213,17 +214,16 @@ class Run:
     def validate(self, state: TrainState, step: int) -> dict[str, float]:
         """Mean loss in nats a token over held-out windows, over all sources and for each of several."""
         sources = self.data.validation_batches(self.config.data.batch_size, self.config.run.eval_batches)
-        nll, count = {}, {}
+        totals = {}
         for name, batches in sources.items():
-            sums = [self.eval_step(state.params, self._place(batch))[0] for batch in batches]
-            nll[name] = sum(float(each.nll) for each in sums)
-            count[name] = sum(float(each.count) for each in sums)
-        if not sum(count.values()):
+            sums = jax.device_get([self.eval_step(state.params, self._place(batch))[0] for batch in batches])
+            totals[name] = _total(sums)
+        if not totals:
             return {}
-        losses = {"validation_loss": sum(nll.values()) / sum(count.values())}
+        losses = {"validation_loss": _mean(_total(totals.values()))}
         self.last_validation = step, losses["validation_loss"]
-        if len(sources) > 1:
-            losses |= {f"validation_loss/{name}": nll[name] / count[name] for name in sources}
+        if len(totals) > 1:
+            losses |= {f"validation_loss/{name}": _mean(sums) for name, sums in totals.items()}
         return losses
 
     def finish(self, state: TrainState) -> Result:
@@ -267,6 +267,16 @@ class Run:
             [opening], max_tokens=self.config.run.sample_tokens, temperature=0.8, seed=self.config.run.seed
         )
         return self.data.tokenizer.decode(opening) + completion.text
+
+
+def _total(sums: Iterable[LossSums]) -> LossSums:
+    """Sums of batches, added up in float64."""
+    return jax.tree.map(lambda *values: np.float64(math.fsum(values)), *sums)
+
+
+def _mean(sums: LossSums) -> float:
+    """Nats a token."""
+    return np.asarray(sums.nll).item() / max(np.asarray(sums.tokens).item(), 1)
 
 
 class Interrupt:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import flax.struct
 import jax
@@ -45,7 +45,7 @@ def init_state(config: Config, optimizer: optax.GradientTransformation) -> Train
 
 def state_shardings(abstract: TrainState, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """NamedShardings for a state: optimizer moments lie where their parameters lie, scalars everywhere."""
-    everywhere = NamedSharding(mesh, PartitionSpec())
+    everywhere: Any = NamedSharding(mesh, PartitionSpec())
     params = parameter_shardings(abstract.params, mesh)
     opt_state = optax.tree_map_params(
         optimizer, lambda _, sharding: sharding, abstract.opt_state, params, transform_non_params=lambda _: everywhere
@@ -72,7 +72,7 @@ def make_train_step(
 
             def update(params: Parameters, opt_state: Any) -> tuple[Parameters, Any]:
                 updates, opt_state = optimizer.update(gradients, opt_state, params)
-                return optax.apply_updates(params, updates), opt_state
+                return cast(Parameters, optax.apply_updates(params, updates)), opt_state
 
             params, opt_state = jax.lax.cond(
                 finite, update, lambda params, opt_state: (params, opt_state), state.params, state.opt_state

@@ -20,18 +20,18 @@ def causal_conv_reference(
     if initial_state is None:
         initial_state = jnp.zeros((batch, width - 1, channels), x.dtype)
     padded = jnp.concatenate([initial_state.astype(x.dtype), x], axis=1)
-    if segment_ids is None:
-        y = sum(padded[:, k : k + length] * weight[k] for k in range(width))
-        state = padded[:, length:]
-    else:
+    taps, state = [padded[:, k : k + length] for k in range(width)], padded[:, length:]
+    if segment_ids is not None:
         changes = jnp.cumsum(segment_ids[:, 1:] != segment_ids[:, :-1], axis=1)
         # Segments numbered 0, 1, ... in order of appearance; the initial state belongs to the first.
         numbers = jnp.pad(changes, ((0, 0), (width, 0)))
-        y = jnp.zeros_like(x * weight[0])
         for k in range(width):
             same = numbers[:, k : k + length] == numbers[:, width - 1 :]
-            y = y + jnp.where(same[..., None], padded[:, k : k + length], 0) * weight[k]
-        state = jnp.where((numbers[:, length:] == numbers[:, -1:])[..., None], padded[:, length:], 0)
+            taps[k] = jnp.where(same[..., None], taps[k], 0)
+        state = jnp.where((numbers[:, length:] == numbers[:, -1:])[..., None], state, 0)
+    y = taps[-1] * weight[-1]
+    for k in range(width - 1):
+        y = y + taps[k] * weight[k]
     if bias is not None:
         y = y + bias
     return y.astype(x.dtype), state

@@ -1,8 +1,8 @@
 """The grouped product in plain XLA: one dense batched product when loads allow it, a slower form for any load otherwise.
 
 XLA's ragged product runs far below the speed of a dense one on CPUs and GPUs. Routing that works keeps groups near the
-mean, so groups are first tried padded to `SLACK` times the mean (`_Padded`). When one is larger, the rows are cut into
-blocks of one group each on CPUs (`_Blocked`) and given to `lax.ragged_dot` elsewhere. The program decides while it runs.
+mean, so groups are first tried padded to `SLACK` times the mean (`_padded`). When one is larger, the rows are cut into
+blocks of one group each on CPUs (`_blocked`) and given to `lax.ragged_dot` elsewhere. The program decides while it runs.
 
 Padding and its undoing are both gathers, forward and backward: scatters are slow on CPUs and need atomics on GPUs.
 """
