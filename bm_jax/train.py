@@ -198,7 +198,7 @@ class Run:
         if "loss" in row:
             row["loss"] = _mean(row["loss"])
         in_row = int(row.pop("skipped_in_row"))
-        row["learning_rate"] = float(self.schedule(step - 1 - int(row["skipped"])))
+        row["learning_rate"] = np.asarray(self.schedule(step - 1 - int(row["skipped"]))).item()
         writer.write(step, row | rates)
         bar.update(step, loss=row.get("loss"), tokens_per_second=rates["tokens_per_second"])
         if "validation_loss" in row:
