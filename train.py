@@ -15,10 +15,12 @@ from bm_jax.train import NonFiniteError, fit
 
 def parse(arguments: list[str]) -> Config:
     """The configuration that the command line asks for; the default preset when it names none."""
-    if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
-        arguments = ["default", *arguments]
-    presets = {name: (configs.summary(name), configs.load(name)) for name in configs.names()}
-    return tyro.extras.overridable_config_cli(presets, args=arguments, prog="train.py", description=__doc__)
+    name = "default"
+    if arguments and not arguments[0].startswith("-"):
+        name, *arguments = arguments
+    presets = "\n\n".join(f"- {preset}: {configs.summary(preset)}" for preset in configs.names())
+    description = f"{__doc__}\n\nThe fields below are those of the preset {name}. Presets:\n\n{presets}"
+    return tyro.cli(Config, default=configs.load(name), args=arguments, prog="train.py", description=description)
 
 
 def main() -> int:

@@ -25,7 +25,7 @@ import numpy as np
 import tokenizers
 import tyro
 
-from bm_jax.config import DataConfig, SourceConfig
+from bm_jax.config import DataConfig
 from bm_jax.data import open_data, prepare, read_manifest
 from bm_jax.data.readers import find_inputs, plan_units, read_span
 
@@ -107,7 +107,7 @@ def measure_reading(options: Options, folder: Path) -> dict[str, float]:
     """Median over repeats of training batches through the pipeline, and of bare random slices of the largest shard."""
     manifest = read_manifest(folder)
     config = DataConfig(
-        sources=(SourceConfig(str(folder)),),
+        sources=(str(folder),),
         tokenizer=str(folder),
         sequence_length=options.sequence_length,
         batch_size=options.batch_size,

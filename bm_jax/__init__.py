@@ -26,7 +26,6 @@ if TYPE_CHECKING:
         MoeConfig,
         OptimizerConfig,
         RunConfig,
-        SourceConfig,
     )
     from bm_jax.language_model import LanguageModel
     from bm_jax.model import count_parameters, forward, init_parameters, logits
@@ -46,7 +45,6 @@ _HOME = {
     "MoeConfig": "config",
     "OptimizerConfig": "config",
     "RunConfig": "config",
-    "SourceConfig": "config",
     "LanguageModel": "language_model",
     "count_parameters": "model",
     "forward": "model",
@@ -69,7 +67,6 @@ __all__ = [
     "MoeConfig",
     "OptimizerConfig",
     "RunConfig",
-    "SourceConfig",
     "count_parameters",
     "fit",
     "forward",

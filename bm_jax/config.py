@@ -234,27 +234,14 @@ class ModelConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class SourceConfig:
-    """One source of training text."""
-
-    path: str = "shakespeare"
-    """A folder made by `python -m bm_jax.data prepare`, a Megatron prefix (PREFIX.bin, PREFIX.idx), or `shakespeare`,
-    the bundled corpus."""
-    weight: float = 1.0
-    """Share of the windows drawn from this source, relative to the other sources' weights."""
-
-    def __post_init__(self) -> None:
-        if not self.path:
-            raise ConfigError("SourceConfig.path is empty; name a prepared data folder")
-        if not (self.weight > 0 and math.isfinite(self.weight)):
-            raise ConfigError(f"SourceConfig.weight must be positive and finite, got {self.weight}")
-
-
-@dataclasses.dataclass(frozen=True)
 class DataConfig:
     """What is read and how it is packed."""
 
-    sources: tuple[SourceConfig, ...] = (SourceConfig(),)
+    sources: tuple[str, ...] = ("shakespeare",)
+    """Each a folder made by `python -m bm_jax.data prepare`, a Megatron prefix (PREFIX.bin, PREFIX.idx), or
+    `shakespeare`, the bundled corpus."""
+    weights: tuple[float, ...] = ()
+    """Share of the windows drawn from each source, relative to the others'; empty for equal shares."""
     tokenizer: str = "byte"
     """`byte` or the path of a tokenizer.json; must be the one the sources were prepared with."""
     sequence_length: int = 128
@@ -269,6 +256,14 @@ class DataConfig:
         _positive(self, "sequence_length", "batch_size", "held_out_tokens")
         if not self.sources:
             raise ConfigError("DataConfig.sources is empty; give at least one source")
+        if not all(self.sources):
+            raise ConfigError(f"DataConfig.sources holds an empty name: {self.sources}")
+        if self.weights and len(self.weights) != len(self.sources):
+            raise ConfigError(
+                f"DataConfig.weights has {len(self.weights)} entries for {len(self.sources)} sources; give one a source"
+            )
+        if not all(weight > 0 and math.isfinite(weight) for weight in self.weights):
+            raise ConfigError(f"DataConfig.weights must be positive and finite, got {self.weights}")
 
 
 @dataclasses.dataclass(frozen=True)

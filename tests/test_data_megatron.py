@@ -5,7 +5,7 @@ import struct
 import numpy as np
 import pytest
 
-from bm_jax.config import ConfigError, DataConfig, SourceConfig
+from bm_jax.config import ConfigError, DataConfig
 from bm_jax.data.megatron import open_megatron
 from bm_jax.data.pipeline import open_data
 
@@ -56,7 +56,7 @@ def test_one_document_is_not_held_out(tmp_path):
 def test_as_a_source(tmp_path, suffix):
     random = np.random.default_rng(0)
     write_megatron(tmp_path / "corpus", [[random.integers(0, 256, 50)] for _ in range(20)])
-    config = DataConfig(sources=(SourceConfig(f"{tmp_path}/corpus{suffix}"),), sequence_length=16, held_out_tokens=110)
+    config = DataConfig(sources=(f"{tmp_path}/corpus{suffix}",), sequence_length=16, held_out_tokens=110)
     data = open_data(config, 257)
     assert [(s.name, s.train.documents, s.validation.documents) for s in data.sources] == [("corpus", 18, 2)]
     assert next(data.train_batches())["tokens"].shape == (8, 17)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bm_jax.config import ConfigError, DataConfig, SourceConfig
+from bm_jax.config import ConfigError, DataConfig
 from bm_jax.data.bundled import shakespeare_texts
 from bm_jax.data.pipeline import open_data
 from bm_jax.data.prepare import prepare
@@ -47,7 +47,7 @@ def prepared(tmp_path_factory):
 
 
 def config(folders, **changes) -> DataConfig:
-    sources = tuple(SourceConfig(path) for path in folders)
+    sources = tuple(str(path) for path in folders)
     return DataConfig(**{"sources": sources, "sequence_length": 32, "batch_size": 4, "seed": 3} | changes)
 
 
@@ -151,8 +151,8 @@ def test_processes_share_a_batch(prepared):
 
 
 def test_sources_are_mixed_by_weight(prepared):
-    sources = (SourceConfig(prepared["small"], 3.0), SourceConfig(prepared["large"], 1.0))
-    iterator = open_data(config([], sources=sources, batch_size=20), 257).train_batches()
+    sources = prepared["small"], prepared["large"]
+    iterator = open_data(config(sources, weights=(3.0, 1.0), batch_size=20), 257).train_batches()
     rows = np.concatenate([next(iterator)["tokens"] for _ in range(40)])
     is_small = np.array([any(97 <= t < 110 for t in row) for row in rows])
     assert abs(is_small.mean() - 0.75) < 0.01

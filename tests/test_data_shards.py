@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from test_tokenizer import small_bpe
 
-from bm_jax.config import ConfigError, DataConfig, SourceConfig
+from bm_jax.config import ConfigError, DataConfig
 from bm_jax.data.pipeline import open_data
 from bm_jax.data.prepare import prepare
 from bm_jax.data.shards import open_prepared, read_manifest, verify
@@ -84,7 +84,7 @@ def test_document_ends_that_do_not_cover_the_tokens(folder):
 
 def test_out_of_range_id_is_refused_when_read(folder):
     edit(folder / TOKENS, 11, 9)
-    config = DataConfig(sources=(SourceConfig(str(folder)),), sequence_length=16)
+    config = DataConfig(sources=(str(folder),), sequence_length=16)
     stream = open_data(config, 257).sources[0].train
     with pytest.raises(ConfigError, match=rf"{TOKENS} contains token id 2\d\d\d, but the model has ids 0 to 256"):
         stream.read(0, 16)
@@ -99,7 +99,7 @@ def test_recorded_ids_beyond_the_model(folder, tmp_path):
 
 def test_another_tokenizer_is_refused(folder, tmp_path):
     small_bpe().save(str(tmp_path / "tokenizer.json"))
-    config = DataConfig(sources=(SourceConfig(str(folder)),), tokenizer=str(tmp_path / "tokenizer.json"))
+    config = DataConfig(sources=(str(folder),), tokenizer=str(tmp_path / "tokenizer.json"))
     message = r"was prepared with tokenizer 'byte' .*257 ids\), but the .* has .*401 ids\)\. Set data.tokenizer to byte"
     with pytest.raises(ConfigError, match=message):
         open_data(config, 500)
@@ -109,7 +109,7 @@ def test_the_tokenizer_travels_with_the_data(tmp_path):
     small_bpe().save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "a.jsonl").write_text('{"text": "to be or not to be"}\n{"text": "that is the question"}')
     prepare(tmp_path / "a.jsonl", tmp_path / "out", tokenizer=tmp_path / "tokenizer.json", progress=False)
-    config = DataConfig(sources=(SourceConfig(str(tmp_path / "out")),), tokenizer=str(tmp_path / "out"))
+    config = DataConfig(sources=(str(tmp_path / "out"),), tokenizer=str(tmp_path / "out"))
     assert open_data(config, 401).tokenizer.vocab_size == 401
     with pytest.raises(ConfigError, match=rf"the configuration has 'byte' .*Set data.tokenizer to {tmp_path}/out"):
         open_data(DataConfig(sources=config.sources), 401)

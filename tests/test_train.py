@@ -29,7 +29,6 @@ from bm_jax.config import (
     MoeConfig,
     OptimizerConfig,
     RunConfig,
-    SourceConfig,
 )
 from bm_jax.loss import next_token_loss
 from bm_jax.metrics import read_metrics
@@ -209,7 +208,7 @@ def test_bad_inputs_are_named(tmp_path):
     with pytest.raises(ConfigError, match=r"no/tokenizer\.json"):
         run(data=dataclasses.replace(TINY.data, tokenizer="no/tokenizer.json"))
     with pytest.raises(ConfigError, match="no/data"):
-        run(data=dataclasses.replace(TINY.data, sources=(SourceConfig("no/data"),)))
+        run(data=dataclasses.replace(TINY.data, sources=("no/data",)))
     with pytest.raises(ConfigError, match="vocab_size"):
         run(model=dataclasses.replace(TINY.model, vocab_size=256))
     with pytest.raises(ConfigError, match="needs 2 devices, there are 1"):

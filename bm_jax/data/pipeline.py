@@ -151,11 +151,12 @@ def open_data(config: DataConfig, vocab_size: int) -> Data:
             f"tokenizer {tokenizer.name!r} has {tokenizer.vocab_size:,} ids, more than model.vocab_size = "
             f"{vocab_size:,}. Set model.vocab_size to at least {tokenizer.vocab_size:,}"
         )
-    names = _names([source.path for source in config.sources])
+    names = _names(config.sources)
+    weights = config.weights or (1.0,) * len(config.sources)
     sources = []
-    for name, source in zip(names, config.sources, strict=True):
-        streams = _open(source.path, config, tokenizer, vocab_size)
-        sources.append(Source(name, source.weight, streams["train"], streams["validation"]))
+    for name, path, weight in zip(names, config.sources, weights, strict=True):
+        streams = _open(path, config, tokenizer, vocab_size)
+        sources.append(Source(name, weight, streams["train"], streams["validation"]))
     return Data(config, tokenizer, tuple(sources))
 
 
@@ -179,7 +180,7 @@ def _open(path: str, config: DataConfig, tokenizer: Tokenizer, vocab_size: int) 
     )
 
 
-def _names(paths: list[str]) -> list[str]:
+def _names(paths: Sequence[str]) -> list[str]:
     """Last component of each path, with -2, -3, ... where that is not unique."""
     names: list[str] = []
     for path in paths:
