@@ -448,6 +448,20 @@ def test_tokenizers_that_drop_a_first_space_keep_it_inside_the_text():
     assert all(piece in ("", "😀") for piece in pieces)
 
 
+def test_of_two_stop_strings_in_one_token_the_one_complete_first_counts():
+    words = ["<|endoftext|>", *"abcdx", "ab", "cd", "abcd"]
+    merges = [("a", "b"), ("c", "d"), ("ab", "cd")]
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE({word: i for i, word in enumerate(words)}, merges))
+    inner.decoder = tokenizers.decoders.Fuse()
+    tokenizer = JsonTokenizer(inner.to_str(), "merged")
+    ids = tokenizer.encode("xabcdx")
+    assert len(ids) == 3
+    for stops in (("abcd", "bc"), ("bc", "abcd")):
+        pieces, completion = written(tokenizer, ids, SamplingConfig(3, stop=stops), [1, 2])
+        assert completion == Completion("xa", tuple(ids[:2]), "stop")
+        assert "".join(pieces) == "xa"
+
+
 def test_a_stream_of_broken_characters_is_handed_out_and_bounded():
     detokenizer = Detokenizer(BYTE)
     pieces = [detokenizer.push([0x80]) for _ in range(50)]
