@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import sys
 import types
 import typing
 from typing import Any, Literal
@@ -25,18 +26,25 @@ class ConfigError(ValueError):
     """A configuration value is wrong; the message names the field and what would be right."""
 
 
+LARGEST = 2**62
+"""Integers beyond this fit no array size, step count or seed."""
+
+
 def _positive(owner: object, *names: str) -> None:
+    """Sizes and counts: integers of at least 1."""
     for name in names:
         value = getattr(owner, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= LARGEST:
             raise ConfigError(f"{type(owner).__name__}.{name} must be a positive integer, got {value!r}")
 
 
-def _at_least_zero(owner: object, *names: str) -> None:
+def _finite(owner: object, *names: str, above: bool = False) -> None:
+    """Finite numbers of at least 0, or above 0."""
     for name in names:
         value = getattr(owner, name)
-        if not value >= 0 or math.isinf(value):
-            raise ConfigError(f"{type(owner).__name__}.{name} must be a finite number of at least 0, got {value!r}")
+        if not 0 <= value <= (LARGEST if isinstance(value, int) else sys.float_info.max) or (above and value == 0):
+            wanted = "positive and finite" if above else "a finite number of at least 0"
+            raise ConfigError(f"{type(owner).__name__}.{name} must be {wanted}, got {value!r}")
 
 
 def _one_of(owner: object, name: str, choices: tuple[str, ...]) -> None:
@@ -72,7 +80,8 @@ class MambaConfig:
         _positive(self, "state_size", "conv_width", "expansion")
         if self.dt_rank is not None:
             _positive(self, "dt_rank")
-        if not 0 < self.dt_min <= self.dt_max:
+        _finite(self, "dt_min", "dt_max", "dt_floor", above=True)
+        if self.dt_min > self.dt_max:
             raise ConfigError(f"MambaConfig needs 0 < dt_min <= dt_max, got {self.dt_min} and {self.dt_max}")
 
 
@@ -94,6 +103,7 @@ class AttentionConfig:
         for name in ("head_size", "window"):
             if getattr(self, name) is not None:
                 _positive(self, name)
+        _finite(self, "rotary_base", above=True)
         if self.heads % self.kv_heads:
             raise ConfigError(
                 f"AttentionConfig.heads ({self.heads}) must be a multiple of AttentionConfig.kv_heads ({self.kv_heads})"
@@ -141,17 +151,16 @@ class MoeConfig:
         _positive(self, "experts", "width", "top_k", "sinkhorn_iterations")
         _one_of(self, "activation", typing.get_args(Activation))
         _one_of(self, "router", ("sinkhorn", "switch", "topk"))
-        _at_least_zero(self, "load_balance_loss", "router_z_loss", "input_jitter")
+        _finite(self, "load_balance_loss", "router_z_loss", "input_jitter")
         if self.top_k > self.experts:
             raise ConfigError(f"MoeConfig.top_k ({self.top_k}) must not exceed MoeConfig.experts ({self.experts})")
         if self.top_k > 1 and self.router != "topk":
             raise ConfigError(f"MoeConfig.top_k is {self.top_k} but router {self.router!r} is top-1; use router 'topk'")
-        if self.sinkhorn_temperature <= 0:
-            raise ConfigError(f"MoeConfig.sinkhorn_temperature must be positive, got {self.sinkhorn_temperature}")
+        _finite(self, "sinkhorn_temperature", above=True)
         if self.normalize_gates and self.top_k == 1:
             raise ConfigError("MoeConfig.normalize_gates with top_k 1 makes every gate 1, so the router would never learn")
-        if self.capacity_factor is not None and not self.capacity_factor > 0:
-            raise ConfigError(f"MoeConfig.capacity_factor must be positive or None, got {self.capacity_factor}")
+        if self.capacity_factor is not None:
+            _finite(self, "capacity_factor", above=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,6 +192,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "repeats", "vocab_size", "width", "scan_unroll")
+        _finite(self, "norm_eps", "initializer_range")
         dtypes = ("bfloat16", "float16", "float32", "float64")
         _one_of(self, "compute_dtype", dtypes)
         _one_of(self, "residual_dtype", dtypes)
@@ -254,6 +264,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "sequence_length", "batch_size", "held_out_tokens")
+        _finite(self, "seed")
         if not self.sources:
             raise ConfigError("DataConfig.sources is empty; give at least one source")
         if not all(self.sources):
@@ -284,15 +295,14 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         _one_of(self, "schedule", ("cosine", "wsd", "constant"))
-        _at_least_zero(self, "learning_rate", "warmup_steps", "weight_decay", "eps")
+        _finite(self, "learning_rate", "warmup_steps", "weight_decay", "eps")
         for name in ("final_fraction", "decay_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"OptimizerConfig.{name} must lie in [0, 1], got {getattr(self, name)}")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"OptimizerConfig.{name} must lie in [0, 1), got {getattr(self, name)}")
-        if not self.clip_norm > 0:
-            raise ConfigError(f"OptimizerConfig.clip_norm must be positive, got {self.clip_norm}")
+        _finite(self, "clip_norm", above=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -345,7 +355,7 @@ class RunConfig:
             "checkpoint_every", "keep_last",
         )  # fmt: skip
         _one_of(self, "remat", ("none", "dots", "full"))
-        _at_least_zero(self, "z_loss", "sample_tokens")
+        _finite(self, "z_loss", "sample_tokens", "seed")
         if self.keep_every is not None:
             _positive(self, "keep_every")
         if not self.directory:
@@ -414,7 +424,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return tuple(_convert(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
     if dataclasses.is_dataclass(hint):
         return from_dict(typing.cast(type, hint), value, where=where)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    if hint is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) <= LARGEST:
         return float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         raise ConfigError(f"{where} must be {hint.__name__}, got {value!r}")

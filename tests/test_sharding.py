@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 import types
 
@@ -23,6 +24,7 @@ EVERY_PARAMETER = ModelConfig(
 MODELS = {"every parameter": EVERY_PARAMETER} | {name: configs.load(name).model for name in configs.names()}
 
 
+@functools.lru_cache
 def abstract(config):
     return jax.eval_shape(lambda: init_parameters(config, jax.random.key(0)))
 
@@ -65,9 +67,7 @@ def test_make_mesh():
     assert mesh.axis_names == AXES
     assert set(mesh.axis_types) == {AxisType.Auto}
     assert mesh.size == len(jax.devices())
-    with pytest.raises(
-        ConfigError, match="data=1, fsdp=1, expert=64, tensor=1, sequence=1 needs 64 devices, there are 1"
-    ):
+    with pytest.raises(ConfigError, match="data=1, fsdp=1, expert=64, tensor=1, sequence=1 needs 64 devices, there are 1"):
         make_mesh(MeshConfig(data=1, expert=64))
     with pytest.raises(ConfigError, match=r"= 3 do not divide the 8 devices; give mesh.data explicitly"):
         make_mesh(MeshConfig(tensor=3), devices(8))
@@ -82,9 +82,7 @@ class Mesh:
 
 def test_a_dimension_that_does_not_divide_is_refused_by_name():
     config = ModelConfig(width=96, vocab_size=257)
-    with pytest.raises(
-        ConfigError, match=r"parameter embedding of shape \(257, 96\): its dimension 257 cannot be split"
-    ):
+    with pytest.raises(ConfigError, match=r"parameter embedding of shape \(257, 96\): its dimension 257 cannot be split"):
         parameter_shardings(abstract(config), Mesh(tensor=4))
     with pytest.raises(ConfigError, match=r"into mesh.fsdp = 64 parts; choose a mesh.fsdp that divides 96"):
         parameter_shardings(abstract(dataclasses.replace(config, vocab_size=256)), Mesh(fsdp=64))
