@@ -54,7 +54,7 @@ TINY = Config(
 )
 FLAGS = (
     "--model.repeats 2 --model.width 32 --model.mamba.state-size 4 --model.moe.experts 4 --model.moe.width 32 "
-    "--model.scan-unroll 1 --data.sequence-length 32 --data.batch-size 8 --optimizer.warmup-steps 5 --run.steps 40 "
+    "--model.scan-unroll 1 --data.sequence-length 32 --data.batch-size 8 --optimizer.warmup-steps 5 --optimizer.learning-rate 5e-3 --run.steps 40 "
     "--run.report-every 3 --run.eval-every 10 --run.eval-batches 2 --run.checkpoint-every 10 --run.sample-tokens 0"
 ).split()
 
@@ -71,7 +71,11 @@ def history(directory: Path) -> list[dict]:
 
 def start(directory: Path, *extra: str) -> subprocess.Popen:
     command = [sys.executable, "train.py", "--run.directory", str(directory), *FLAGS, *extra]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    # Processes of one test compile the same programs: the first one's are kept for the others.
+    cache = {"JAX_COMPILATION_CACHE_DIR": f"{directory}-cache", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | cache
+    )
 
 
 def wait_for_rows(process: subprocess.Popen, directory: Path, rows: int) -> None:
@@ -133,7 +137,7 @@ def test_killed_at_several_moments_it_continues_bit_for_bit(whole, tmp_path):
         process = start(tmp_path)
         wait_for_rows(process, tmp_path, rows)
         process.kill()
-        process.wait()
+        process.communicate()
     # A power cut in the middle of a save leaves a part of a checkpoint.
     newest = max((p for p in (tmp_path / "checkpoints").iterdir() if p.name.isdecimal()), key=lambda p: int(p.name))
     shutil.copytree(newest, tmp_path / "checkpoints" / "39.partial")
