@@ -66,6 +66,8 @@ def run_with_devices() -> Callable[..., str]:
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
             "JAX_NUM_CPU_DEVICES": str(devices),
+            "XLA_FLAGS": "--xla_backend_optimization_level=0",  # compiling for several devices is slow
+            "TF_CPP_MIN_LOG_LEVEL": "2",
             "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
         }
         command = [sys.executable, "-W", "error", "-c", source]
