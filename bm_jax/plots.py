@@ -44,7 +44,7 @@ def plot_losses(metrics: Rows, path: str | os.PathLike) -> None:
 
 
 def plot_expert_load(metrics: Rows, path: str | os.PathLike) -> None:
-    """Draw the load of each expert in each MoE layer as a PNG at `path`; 1 is an equal share.
+    """Draw the load of each expert in each MoE layer as a PNG at `path`, in inference routing; 1 is an equal share.
 
     Left: the last row that has `expert_load` (layers x experts). Right: the busiest expert's load over training.
 
@@ -69,7 +69,7 @@ def plot_expert_load(metrics: Rows, path: str | os.PathLike) -> None:
             left.text(expert, layer, f"{load:.2f}", ha="center", va="center", fontsize=7, color=color)
         left.set_xticks(range(experts), [str(expert) for expert in range(experts)])
     left.set_yticks(range(layers), [str(layer) for layer in range(layers)])
-    left.set(title=f"Load at step {steps[-1]} (1 = equal share)", xlabel="expert", ylabel="MoE layer")
+    left.set(title=f"Load in inference routing, step {steps[-1]}", xlabel="expert", ylabel="MoE layer")
 
     busiest = loads.max(axis=-1)
     labels = []
