@@ -70,9 +70,10 @@ def oracle(parameters, x, config, ids):
     return out
 
 
-def context(ids, cached=None):
+def context(ids):
     ids = jnp.asarray(ids)
-    return Context(ids, ids != 0, jnp.asarray(document_positions(ids)), None, cached)
+    positions = jnp.asarray(document_positions(np.asarray(ids)))
+    return Context(ids, ids != 0, positions, jnp.ones(B, bool), jnp.zeros((), jnp.int32))
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -96,7 +97,7 @@ def test_a_longer_cache_changes_nothing(variant, x64):
     without, _ = attend(parameters, jnp.asarray(x), None, context(IDS), config)
     shape = (B, L + 4, config.attention.kv_heads, config.head_size)
     cache = {"key": jnp.full(shape, 1e6), "value": jnp.full(shape, 1e6)}
-    got, cache = attend(parameters, jnp.asarray(x), cache, context(IDS, jnp.int32(0)), config)
+    got, cache = attend(parameters, jnp.asarray(x), cache, context(IDS), config)
     np.testing.assert_allclose(got, without, rtol=0, atol=1e-4)
     assert np.all(np.asarray(cache["key"][:, L:]) == 1e6)
 

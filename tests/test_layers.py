@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from bm_jax.config import GATED_ACTIVATIONS, Activation, MambaConfig, MlpConfig, ModelConfig, MoeConfig
+from bm_jax.initialization import inverse_softplus_step
 from bm_jax.layers import activate, hidden_shape, layer_norm, mlp, mlp_parameters, project, rms_norm
 from bm_jax.model import init_parameters
 
@@ -73,9 +74,7 @@ def test_norms_of_half_types_compute_and_return_float32():
 
 @pytest.mark.parametrize("activation", PLAIN)
 def test_mlp(activation, x64):
-    config = ModelConfig(
-        layers=("mlp",), width=6, mlp=MlpConfig(width=5, activation=activation), compute_dtype="float64"
-    )
+    config = ModelConfig(layers=("mlp",), width=6, mlp=MlpConfig(width=5, activation=activation), compute_dtype="float64")
     r = np.random.default_rng(0)
     parameters = {name: r.standard_normal(p.shape) for name, p in mlp_parameters(config).items()}
     x = r.standard_normal((2, 3, 6))
@@ -126,7 +125,7 @@ def initial():
         tie_embeddings=False,
         initializer_range=0.05,
     )
-    return config, jax.jit(init_parameters, static_argnums=0)(config, jax.random.key(0))
+    return config, jax.jit(init_parameters, static_argnums=0)(config, jax.random.key(0, impl="rbg"))
 
 
 def test_linear_maps_start_as_torch_linear_does(initial):
@@ -146,9 +145,7 @@ def test_linear_maps_start_as_torch_linear_does(initial):
 def test_state_space_parameters_start_as_published(initial):
     _, parameters = initial
     mamba = parameters["periods"]["layer_0"]["mamba"]
-    np.testing.assert_allclose(
-        np.exp(mamba["A_log"]), np.broadcast_to(np.arange(1, 17), mamba["A_log"].shape), rtol=1e-6
-    )
+    np.testing.assert_allclose(np.exp(mamba["A_log"]), np.broadcast_to(np.arange(1, 17), mamba["A_log"].shape), rtol=1e-6)
     assert np.all(np.asarray(mamba["D"]) == 1)
     steps = np.logaddexp(0, np.asarray(mamba["dt_bias"], np.float64)).reshape(-1)
     assert steps.min() >= 1e-3 * (1 - 1e-4)
@@ -158,9 +155,9 @@ def test_state_space_parameters_start_as_published(initial):
 
 
 def test_dt_floor():
-    config = ModelConfig(layers=("mamba",), width=64, mamba=MambaConfig(dt_min=1e-6, dt_max=1e-1, dt_floor=1e-2))
-    parameters = jax.jit(init_parameters, static_argnums=0)(config, jax.random.key(0))
-    steps = np.logaddexp(0, np.asarray(parameters["periods"]["layer_0"]["mamba"]["dt_bias"], np.float64))
+    config = MambaConfig(dt_min=1e-6, dt_max=1e-1, dt_floor=1e-2)
+    bias = inverse_softplus_step((128,), config).initializer(jax.random.key(0), (128,), jnp.dtype("float32"))
+    steps = np.logaddexp(0, np.asarray(bias, np.float64))
     np.testing.assert_allclose(steps.min(), 1e-2, rtol=1e-4)
     assert np.mean(steps < 1.001e-2) > 0.5
 

@@ -42,7 +42,10 @@ def make(config, bias="mild"):
 
 
 def context(mask=None):
-    return Context(None, mask, jnp.zeros((B, L), jnp.int32), None, None)
+    return Context(None, mask, jnp.zeros((B, L), jnp.int32), jnp.ones(B, bool), jnp.zeros((), jnp.int32))
+
+
+layer = jax.jit(moe, static_argnames=("config", "training"))
 
 
 def dense(parameters, x, config, mask, training):
@@ -69,6 +72,22 @@ CASES = [(router, "mild", False, False) for router in ROUTERS] + [
 ]
 
 
+@functools.partial(jax.jit, static_argnames=("config", "training"))
+def sparse_and_dense(parameters, x, mask, d_out, config, training):
+    """Gradients of sum(y * d_out) and y itself, by the layer and by the dense computation."""
+
+    def sparse_loss(parameters, x):
+        y, statistics = moe(parameters, x, context(mask), config, training=training)
+        return jnp.sum(y * d_out), (y, statistics)
+
+    def dense_loss(parameters, x):
+        y = dense(parameters, x, config, mask, training)
+        return jnp.sum(y * d_out), y
+
+    sparse = jax.grad(sparse_loss, argnums=(0, 1), has_aux=True)(parameters, x)
+    return sparse, jax.grad(dense_loss, argnums=(0, 1), has_aux=True)(parameters, x)
+
+
 @pytest.mark.parametrize(("router", "bias", "training", "masked"), CASES)
 def test_equals_the_dense_computation_in_value_and_gradient(router, bias, training, masked, x64):
     config = model(**ROUTERS[router])
@@ -76,21 +95,8 @@ def test_equals_the_dense_computation_in_value_and_gradient(router, bias, traini
     r = np.random.default_rng(1)
     mask = jnp.asarray(r.random((B, L)) < 0.6) if masked else None
     d_out = jnp.asarray(r.standard_normal((B, L, M)))
-
-    @jax.jit
-    def both(parameters, x):
-        def sparse_loss(parameters, x):
-            y, statistics = moe(parameters, x, context(mask), config, training=training)
-            return jnp.sum(y * d_out), (y, statistics)
-
-        def dense_loss(parameters, x):
-            y = dense(parameters, x, config, mask, training)
-            return jnp.sum(y * d_out), y
-
-        sparse = jax.grad(sparse_loss, argnums=(0, 1), has_aux=True)(parameters, x)
-        return sparse, jax.grad(dense_loss, argnums=(0, 1), has_aux=True)(parameters, x)
-
-    (gradients, (y, statistics)), (wanted_gradients, wanted) = both(parameters, x)
+    both = sparse_and_dense(parameters, x, mask, d_out, config, training)
+    (gradients, (y, statistics)), (wanted_gradients, wanted) = both
     np.testing.assert_allclose(y, wanted, rtol=0, atol=1e-12)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-11), gradients, wanted_gradients)
     assert np.isclose(statistics.load.sum(), 1)
@@ -128,7 +134,6 @@ def test_what_padding_holds_does_not_matter():
 def test_all_padding_gives_zero():
     config = model("float32")
     parameters, x = make(config)
-    layer = jax.jit(moe, static_argnames=("config", "training"))
     y, statistics = layer(parameters, x, context(jnp.zeros((B, L), bool)), config=config, training=True)
     assert not np.any(y)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(statistics))
@@ -179,7 +184,6 @@ def test_capacity_holds_in_training_only():
     assert expert_capacity(B * L, config.moe) == 3  # ceil(0.5 * 22 / 4)
     assert expert_capacity(B * L, MoeConfig()) is None
     parameters, x = make(config, "one takes all")
-    layer = jax.jit(moe, static_argnames=("config", "training"))
     _, statistics = layer(parameters, x, context(), config=config, training=True)
     np.testing.assert_allclose(statistics.dropped, 1 - 3 / 22, rtol=1e-6)
     _, statistics = layer(parameters, x, context(), config=config, training=False)
@@ -189,10 +193,7 @@ def test_capacity_holds_in_training_only():
 def test_jitter_changes_training_only():
     config = model("float32", input_jitter=0.5)
     parameters, x = make(config)
-    layer = jax.jit(moe, static_argnames=("config", "training"))
-    outputs = [
-        layer(parameters, x, context(), config=config, training=True, key=jax.random.key(i))[0] for i in (0, 0, 1)
-    ]
+    outputs = [layer(parameters, x, context(), config=config, training=True, key=jax.random.key(i))[0] for i in (0, 0, 1)]
     np.testing.assert_array_equal(outputs[0], outputs[1])
     assert np.any(outputs[0] != outputs[2])
     plain = layer(parameters, x, context(), config=model("float32"), training=False)[0]
@@ -205,7 +206,6 @@ def test_router_is_computed_in_float32():
     parameters, x = make(config)
     parameters = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, jnp.float32), parameters)
     parameters["router_bias"] = jnp.array([4.0, 4.0, 4.001, 4.0])
-    layer = jax.jit(moe, static_argnames=("config", "training"))
     _, statistics = layer(parameters, x.astype(jnp.bfloat16), context(), config=config, training=False)
     np.testing.assert_array_equal(statistics.load, [0, 0, 1, 0])
     assert statistics.load.dtype == jnp.float32
