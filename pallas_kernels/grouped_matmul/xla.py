@@ -92,9 +92,18 @@ def _capacity(rows: int, groups: int) -> int:
     return min(rows, math.ceil(SLACK * rows / groups / 8) * 8)
 
 
-def _ragged(lhs: Array, rhs: Array, group_sizes: Array) -> Array:
+def _ragged_product(lhs: Array, rhs: Array, group_sizes: Array) -> Array:
     out = lax.ragged_dot(lhs, rhs, group_sizes)
     return jnp.where((jnp.arange(len(lhs)) < jnp.sum(group_sizes))[:, None], out, 0)
+
+
+def _ragged_product_gradients(lhs: Array, rhs: Array, group_sizes: Array, d_out: Array) -> tuple[Array, Array]:
+    return jax.vjp(lambda lhs, rhs: _ragged_product(lhs, rhs, group_sizes), lhs, rhs)[1](d_out)
+
+
+# JAX has no vmap of ragged_dot (per-example gradients, Jacobians), so it is one product after the other.
+_ragged = jax.custom_batching.sequential_vmap(_ragged_product)
+_ragged_gradients = jax.custom_batching.sequential_vmap(_ragged_product_gradients)
 
 
 @jax.custom_vjp
@@ -116,11 +125,13 @@ def _forward(lhs: Array, rhs: Array, group_sizes: Array):
 def _backward(residuals, d_out: Array):
     lhs, rhs, group_sizes = residuals
 
-    def ragged(lhs: Array, rhs: Array, d_out: Array) -> tuple[Array, Array]:
-        return jax.vjp(lambda lhs, rhs: _ragged(lhs, rhs, group_sizes), lhs, rhs)[1](d_out)
-
     gradients = _by_load(
-        group_sizes, lambda slots, lhs, rhs, d_out: slots.gradients(lhs, rhs, d_out), ragged, lhs, rhs, d_out
+        group_sizes,
+        lambda slots, lhs, rhs, d_out: slots.gradients(lhs, rhs, d_out),
+        lambda lhs, rhs, d_out: _ragged_gradients(lhs, rhs, group_sizes, d_out),
+        lhs,
+        rhs,
+        d_out,
     )
     return *gradients, None
 

@@ -134,6 +134,19 @@ def test_few_rows(implementation, rows, sizes, x64):
         np.testing.assert_allclose(x, wanted, rtol=0, atol=1e-13)
 
 
+@pytest.mark.parametrize("load", ["one empty", "one takes all"])
+def test_vmap(implementation, load, x64):
+    """Per-example gradients: rows and cotangents mapped, the matrices shared."""
+    lhs, rhs, d_out = make()
+    sizes = jnp.array(LOADS[load])
+    mapped = jax.vmap(product_and_gradients, (0, None, None, 0, None))
+    got = mapped(jnp.stack([lhs, 2 * lhs]), rhs, sizes, jnp.stack([d_out, -d_out]), implementation)
+    for i, scaled in enumerate([(lhs, d_out), (2 * lhs, -d_out)]):
+        wanted = oracle(*map(np.asarray, (scaled[0], rhs)), LOADS[load], np.asarray(scaled[1]))
+        for x, y in zip(got, wanted, strict=True):
+            np.testing.assert_allclose(x[i], y, rtol=0, atol=1e-12)
+
+
 def test_what_lies_in_rows_of_no_group_does_not_matter(implementation):
     """Not even NaN, in value and in gradient."""
     lhs, rhs, d_out = make(np.float32)
