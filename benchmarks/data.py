@@ -13,9 +13,7 @@ replacement, no resume).
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -24,12 +22,12 @@ from typing import Annotated
 import numpy as np
 import tokenizers
 import tyro
+from harness import Comparison, compare, write_json
 
 from bm_jax.config import DataConfig
 from bm_jax.data import open_data, prepare, read_manifest
 from bm_jax.data.readers import find_inputs, plan_units, read_span
 
-REPEATS = 5
 SAMPLE_CHARACTERS = 4_000_000
 
 
@@ -43,7 +41,9 @@ class Options:
     sequence_length: int = 2048
     batch_size: int = 8
     batches: int = 300
-    """Batches read in each of five repeats."""
+    """Batches read in each round."""
+    json: Path | None = None
+    """Where the result is written."""
 
 
 def main(options: Options) -> None:
@@ -53,10 +53,12 @@ def main(options: Options) -> None:
         if not (folder / "manifest.json").exists():
             folder = Path(temporary) / "prepared"
             results |= measure_preparing(options, folder)
-        results |= measure_reading(options, folder)
+        reading = compare_reading(options, folder)
     for name, value in results.items():
         print(f"{name:36s} {value:14,.2f}")
-    print(json.dumps({"options": dataclasses.asdict(options), "results": results}))
+    print(reading)
+    if options.json is not None:
+        write_json(options.json, [reading], dataclasses.asdict(options) | results)
 
 
 def measure_preparing(options: Options, folder: Path) -> dict[str, float]:
@@ -103,8 +105,8 @@ def processor_seconds() -> float:
     return times.user + times.system + times.children_user + times.children_system
 
 
-def measure_reading(options: Options, folder: Path) -> dict[str, float]:
-    """Median over repeats of training batches through the pipeline, and of bare random slices of the largest shard."""
+def compare_reading(options: Options, folder: Path) -> Comparison:
+    """Training batches through the pipeline, and of bare random slices of the largest shard."""
     manifest = read_manifest(folder)
     config = DataConfig(
         sources=(str(folder),),
@@ -117,22 +119,17 @@ def measure_reading(options: Options, folder: Path) -> dict[str, float]:
     tokens = np.memmap(folder / f"{largest.name}.tokens", manifest.dtype, "r")
     random = np.random.default_rng(0)
     count = options.batch_size * options.sequence_length * options.batches
-    ours, bare = [], []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
+
+    def read() -> None:
         for _ in range(options.batches):
             next(batches)
-        ours.append(count / (time.perf_counter() - start))
-        start = time.perf_counter()
+
+    def slice_bare() -> None:
         for _ in range(options.batches):
             offsets = random.integers(0, len(tokens) - options.sequence_length - 1, options.batch_size)
             np.stack([tokens[i : i + options.sequence_length + 1].astype(np.int32) for i in offsets])
-        bare.append(count / (time.perf_counter() - start))
-    return {
-        "read: tokens/s": statistics.median(ours),
-        "bare slices: tokens/s": statistics.median(bare),
-        "read / bare slices": statistics.median(ours) / statistics.median(bare),
-    }
+
+    return compare("reading", ("training batches", read), {"bare slices": slice_bare}, work=count, unit="tokens")
 
 
 if __name__ == "__main__":

@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import argparse
 import functools
-import statistics
-import time
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from harness import compare, write_json
 
 from bm_jax.config import MoeConfig
 from bm_jax.routing import sinkhorn
@@ -51,9 +50,7 @@ def measure(
     keys: jax.Array, *, tokens: int, difficulty: str, iterations: int, temperature: float
 ) -> tuple[jax.Array, jax.Array]:
     """`balance` of one batch a key."""
-    return jax.lax.map(
-        lambda key: balance(sinkhorn(draw(key, tokens, difficulty), iterations, temperature=temperature)), keys
-    )
+    return jax.lax.map(lambda key: balance(sinkhorn(draw(key, tokens, difficulty), iterations, temperature=temperature)), keys)
 
 
 def multiplicative(logits: jax.Array, iterations: int) -> jax.Array:
@@ -69,17 +66,6 @@ def multiplicative(logits: jax.Array, iterations: int) -> jax.Array:
     return jnp.log(row[:, None] * cost * column)
 
 
-def time_microseconds(function: Callable[[jax.Array], jax.Array], x: jax.Array, repeats: int = 200) -> float:
-    """Median time of a compiled call."""
-    function(x).block_until_ready()
-    samples = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        function(x).block_until_ready()
-        samples.append(time.perf_counter() - start)
-    return 1e6 * statistics.median(samples)
-
-
 def iterations_to(plan: Callable[[int], jax.Array], tolerance: float = 0.01) -> int:
     """The fewest iterations that bring every row and column sum within `tolerance` of uniform, at most 100."""
     return next(n for n in range(1, 101) if balance(plan(n))[0] <= tolerance or n == 100)
@@ -88,7 +74,9 @@ def iterations_to(plan: Callable[[int], jax.Array], tolerance: float = 0.01) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=200, help="batches of 512 tokens; larger batches get fewer")
-    seeds = parser.parse_args().seeds
+    parser.add_argument("--json", help="where the comparison of times is written")
+    arguments = parser.parse_args()
+    seeds = arguments.seeds
     sizes = {512: seeds, 16384: max(seeds // 10, 1), 65536: max(seeds // 50, 1)}
     print(f"Worst of {', '.join(f'{n} batches of {t}' for t, n in sizes.items())} tokens, {EXPERTS} experts.")
     print("Each cell: largest deviation of a row or column sum / argmax load max over mean.\n")
@@ -122,9 +110,15 @@ def main() -> None:
     ours = iterations_to(lambda n: sinkhorn(logits, n, temperature=temperature))
     theirs = iterations_to(lambda n: multiplicative(logits / temperature, n))
     print(f"  iterations to 1%: {ours}, multiplicative {theirs}, ratio {theirs / ours:.2f}")
-    ours = time_microseconds(jax.jit(lambda x: sinkhorn(x, iterations, temperature=temperature)), logits)
-    theirs = time_microseconds(jax.jit(lambda x: multiplicative(x / temperature, iterations)), logits)
-    print(f"  time of {iterations}: {ours:.0f} us, multiplicative {theirs:.0f} us, ratio {theirs / ours:.2f}")
+    functions = [
+        jax.jit(lambda x: sinkhorn(x, iterations, temperature=temperature)),
+        jax.jit(lambda x: multiplicative(x / temperature, iterations)),
+    ]
+    ours, theirs = (lambda function=function: function(logits).block_until_ready() for function in functions)
+    comparison = compare(f"{iterations} iterations", ("ours", ours), {"multiplicative": theirs}, rounds=200)
+    print(f"\n{comparison}")
+    if arguments.json is not None:
+        write_json(arguments.json, [comparison], {"seeds": seeds})
 
 
 if __name__ == "__main__":
