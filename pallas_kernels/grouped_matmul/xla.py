@@ -72,7 +72,7 @@ def _blocked(rows: int, group_sizes: Array) -> _Slots:
     last_block, ends = jnp.cumsum(blocks), jnp.cumsum(group_sizes)
     first_block, starts = last_block - blocks, ends - group_sizes
     block = jnp.arange(count)
-    owner = jnp.minimum(jnp.searchsorted(last_block, block, side="right"), groups - 1)
+    owner = _interval(block, last_block)
     within = (block - first_block[owner])[:, None] * size + jnp.arange(size)
     filled = (within < group_sizes[owner][:, None]) & (block < last_block[-1])[:, None]
     row = jnp.clip(starts[owner][:, None] + within, 0, rows - 1)
@@ -81,9 +81,15 @@ def _blocked(rows: int, group_sizes: Array) -> _Slots:
     return _Slots(row, filled, jnp.clip(slot, 0, count * size - 1), placed, owner)
 
 
+def _interval(index: Array, ends: Array) -> Array:
+    """Which of the consecutive intervals with these ends an index falls in; the last for one past them all."""
+    # Comparing with every end beats a binary search at any number of experts in use, and compiles faster.
+    return jnp.minimum(jnp.sum(index[:, None] >= ends, axis=1), len(ends) - 1)
+
+
 def _group_of_row(rows: int, ends: Array) -> tuple[Array, Array]:
     row = jnp.arange(rows)
-    group = jnp.minimum(jnp.searchsorted(ends, row, side="right"), len(ends) - 1)
+    group = _interval(row, ends)
     return group, row < ends[-1]
 
 
