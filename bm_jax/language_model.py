@@ -32,7 +32,7 @@ import numpy as np
 from bm_jax import sampling
 from bm_jax.config import Config, ConfigError, ModelConfig, from_dict, to_dict
 from bm_jax.data.tokenizer import Tokenizer, load_tokenizer
-from bm_jax.model import Parameters, forward, init_parameters
+from bm_jax.model import Parameters, forward, init_parameters, unroll, unrolled
 from bm_jax.model import logits as unembed
 from bm_jax.sampling import SamplingConfig
 from bm_jax.sharding import path_name
@@ -244,14 +244,15 @@ class LanguageModel:
 
     @cached_property
     def _inference(self) -> tuple[Parameters, Parameters]:
-        """Parameters of the layers and those of the unembedding, on the device, cast where that changes nothing."""
+        """Parameters of `unrolled(config)` and of the unembedding, on the device, cast where that changes nothing."""
         dtype = jnp.dtype(self.config.compute_dtype)
 
         def place(path: tuple[Any, ...], leaf: Any) -> Any:
             leaf = jnp.asarray(leaf)
             return leaf.astype(dtype) if path[-1].key in COMPUTE_KERNELS else leaf
 
-        parameters = jax.tree_util.tree_map_with_path(place, self.parameters)
+        parameters = unroll(self.parameters, self.config)
+        parameters = jax.tree_util.tree_map_with_path(place, parameters)
         # The residual stream starts from the embedding as it is; as an unembedding it is used in the compute dtype.
         name = "embedding" if self.config.tie_embeddings else "unembedding"
         return parameters, {name: parameters[name].astype(dtype)}
@@ -278,7 +279,7 @@ class LanguageModel:
         padded[:B, :L] = rows
         segment_ids = np.zeros_like(padded)
         segment_ids[:B, :L] = 1
-        values = np.asarray(_logits(*self._inference, padded, segment_ids, self.config))[:B, :L]
+        values = np.asarray(_logits(*self._inference, padded, segment_ids, unrolled(self.config)))[:B, :L]
         return values[0] if ids.ndim == 1 else values
 
     def generate(
@@ -385,7 +386,7 @@ class LanguageModel:
 
     def _decode(self, prompts: list[list[int]], configs: list[SamplingConfig]) -> Iterator[Piece]:
         """The decode path: read one batch of prompts, draw tokens chunk by chunk, hand out text as it is certain."""
-        config, (parameters, head) = self.config, self._inference
+        config, (parameters, head) = unrolled(self.config), self._inference
         tokenizer = self.tokenizer
         rows = sampling.make_rows(
             configs, _bucket(len(prompts)), end=tokenizer.end_of_document, vocab_size=tokenizer.vocab_size
@@ -418,11 +419,12 @@ class LanguageModel:
             tokens[row, length - len(prompt) :] = prompt
             segment_ids[row, length - len(prompt) :] = 1
         room = _bucket(length + max_tokens) if "attention" in self.config.kinds else 0
-        cache = sampling.empty_cache(self.config, len(tokens), room)
+        config = unrolled(self.config)
+        cache = sampling.empty_cache(config, len(tokens), room)
         hidden = None
         for start in range(0, length, PIECE):
             piece = slice(start, start + PIECE)
-            hidden, cache = sampling.prefill(parameters, tokens[:, piece], segment_ids[:, piece], cache, self.config)
+            hidden, cache = sampling.prefill(parameters, tokens[:, piece], segment_ids[:, piece], cache, config)
         assert hidden is not None
         return hidden, cache
 

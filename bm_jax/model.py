@@ -8,6 +8,7 @@ The functions `init_parameters`, `forward` and `logits` are the interface; the L
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
@@ -231,6 +232,25 @@ def logits(parameters: Parameters, hidden: Hidden, config: ModelConfig) -> Logit
         return jnp.dot(
             hidden.astype(dtype), kernel.astype(dtype), preferred_element_type=jnp.promote_types(dtype, jnp.float32)
         )
+
+
+def unrolled(config: ModelConfig) -> ModelConfig:
+    """The same model as one long period; `unroll` makes its parameters.
+
+    Decoding wants this: in a loop over depth every token copies every layer's weights out of their stack.
+    """
+    return dataclasses.replace(config, layers=config.layers * config.repeats, repeats=1, scan_unroll=1)
+
+
+def unroll(parameters: Parameters, config: ModelConfig) -> Parameters:
+    """The parameters of `config` as those of `unrolled(config)`; leaves are slices."""
+    count = len(config.layers)
+    periods = {
+        f"layer_{r * count + i}": jax.tree.map(lambda leaf, r=r: leaf[r : r + 1], parameters["periods"][f"layer_{i}"])
+        for r in range(config.repeats)
+        for i in range(count)
+    }
+    return parameters | {"periods": periods}
 
 
 class ParameterCount(NamedTuple):
