@@ -219,9 +219,7 @@ def forward(
     if training and "moe" in config.kinds and config.moe.input_jitter and key is None:
         raise ValueError("forward: training with moe.input_jitter draws noise; give a key")
     rngs = None if key is None else {"jitter": key}
-    return cast(
-        Output, Model(config, training, remat).apply({"params": parameters}, tokens, segment_ids, cache, rngs=rngs)
-    )
+    return cast(Output, Model(config, training, remat).apply({"params": parameters}, tokens, segment_ids, cache, rngs=rngs))
 
 
 def logits(parameters: Parameters, hidden: Hidden, config: ModelConfig) -> Logits:
@@ -229,9 +227,7 @@ def logits(parameters: Parameters, hidden: Hidden, config: ModelConfig) -> Logit
     kernel = parameters["embedding"].T if config.tie_embeddings else parameters["unembedding"]
     dtype = jnp.dtype(config.compute_dtype)
     with jax.named_scope("unembedding"):
-        return jnp.dot(
-            hidden.astype(dtype), kernel.astype(dtype), preferred_element_type=jnp.promote_types(dtype, jnp.float32)
-        )
+        return jnp.dot(hidden.astype(dtype), kernel.astype(dtype), preferred_element_type=jnp.promote_types(dtype, jnp.float32))
 
 
 def unrolled(config: ModelConfig) -> ModelConfig:

@@ -102,9 +102,7 @@ class Run:
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings
         )
         self.initialize = jax.jit(initialize, out_shardings=shardings)
-        self.train_step = jax.jit(
-            make_train_step(config, optimizer), donate_argnums=0, out_shardings=(shardings, None)
-        )
+        self.train_step = jax.jit(make_train_step(config, optimizer), donate_argnums=0, out_shardings=(shardings, None))
         self.eval_step = jax.jit(make_eval_step(config))
         self.batch_sharding = batch_sharding(mesh)
         self.last_validation: tuple[int, float | None] = (-1, None)

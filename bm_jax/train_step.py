@@ -98,9 +98,7 @@ def make_train_step(
     return train_step
 
 
-def _accumulate(
-    params: Parameters, batch: Batch, key: Array, config: Config
-) -> tuple[Array, Parameters, Statistics | None]:
+def _accumulate(params: Parameters, batch: Batch, key: Array, config: Config) -> tuple[Array, Parameters, Statistics | None]:
     """Objective, gradients and mean statistics over the microbatches of a batch.
 
     Token losses are divided by the predicted tokens of the whole batch, so the result does not depend on how documents
@@ -110,9 +108,7 @@ def _accumulate(
     count = jnp.maximum(jnp.sum(predicted(batch["segment_ids"])), 1)
 
     def objective(params: Parameters, microbatch: Batch, key: Array) -> tuple[Array, Statistics | None]:
-        sums, statistics = next_token_loss(
-            params, microbatch, config.model, training=True, remat=config.run.remat, key=key
-        )
+        sums, statistics = next_token_loss(params, microbatch, config.model, training=True, remat=config.run.remat, key=key)
         value = (sums.nll + config.run.z_loss * sums.z) / count
         if statistics is not None:
             value = value + jnp.sum(statistics.loss) / parts

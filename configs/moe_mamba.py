@@ -21,7 +21,5 @@ config = Config(
     ),
     data=DataConfig(sequence_length=1024, batch_size=1024),
     optimizer=OptimizerConfig(learning_rate=5e-4, warmup_steps=300, clip_norm=0.5),
-    run=RunConfig(
-        directory="runs/moe_mamba", steps=30_000, accumulation=64, checkpoint_every=1000, eval_every=1000
-    ),
+    run=RunConfig(directory="runs/moe_mamba", steps=30_000, accumulation=64, checkpoint_every=1000, eval_every=1000),
 )

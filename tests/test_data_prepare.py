@@ -73,18 +73,14 @@ def write_kind(path: Path, kind: str) -> Path:
 
 def tree(folder: Path) -> dict[str, str]:
     """Hash of every file below `folder`."""
-    return {
-        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()
-    }
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()}
 
 
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "jsonl.gz", "jsonl.zst", "parquet"])
 @pytest.mark.parametrize("unit_bytes", [700, 10**9])
 def test_every_kind_of_file(tmp_path, kind, unit_bytes):
     source = write_kind(tmp_path, kind)
-    manifest = prepare(
-        source, tmp_path / "out", validation_fraction=0.2, unit_bytes=unit_bytes, workers=1, progress=False
-    )
+    manifest = prepare(source, tmp_path / "out", validation_fraction=0.2, unit_bytes=unit_bytes, workers=1, progress=False)
     found = documents_of(tmp_path / "out")
     assert sorted(found["train"] + found["validation"]) == sorted(TEXTS)
     assert 2 <= len(found["validation"]) <= 25
@@ -214,9 +210,7 @@ def test_empty_and_missing_input(tmp_path):
     (tmp_path / "folder").mkdir()
     with pytest.raises(ConfigError, match=r"folder contains no \.txt, \.jsonl"):
         prepare(tmp_path / "folder", tmp_path / "out", progress=False)
-    with pytest.raises(
-        ConfigError, match=r"no file or folder some/name\. A data set of the hub is written hf:some/name"
-    ):
+    with pytest.raises(ConfigError, match=r"no file or folder some/name\. A data set of the hub is written hf:some/name"):
         prepare("some/name", tmp_path / "out", progress=False)
     (tmp_path / "a.csv").write_text("a,b")
     with pytest.raises(ConfigError, match=r"a\.csv is not a kind of file"):
@@ -228,9 +222,7 @@ def test_empty_and_missing_input(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    "option", [{"validation_fraction": 1.0}, {"workers": 0}, {"unit_bytes": 0}, {"document_bytes": -1}]
-)
+@pytest.mark.parametrize("option", [{"validation_fraction": 1.0}, {"workers": 0}, {"unit_bytes": 0}, {"document_bytes": -1}])
 def test_options_out_of_range(tmp_path, option):
     with pytest.raises(ConfigError, match=next(iter(option))):
         prepare(tmp_path, tmp_path / "out", **option)
@@ -310,9 +302,7 @@ def test_killed_and_restarted(large, tmp_path, workers):
     out = tmp_path / "out"
     kills = 0
     for wanted in (1, 4, 9, 15):  # finished units at which to kill
-        with subprocess.Popen(
-            command(inputs, out, workers), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-        ) as process:
+        with subprocess.Popen(command(inputs, out, workers), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
             while process.poll() is None and len(list(out.glob("work/*.json"))) < wanted:
                 time.sleep(0.002)
             if process.poll() is None:
@@ -361,9 +351,7 @@ def test_command_line_errors_are_one_line(tmp_path):
         (["verify", str(tmp_path)], "error: "),
         (["info", str(tmp_path)], "is not prepared data"),
     ):
-        done = subprocess.run(
-            [sys.executable, "-m", "bm_jax.data", *arguments], capture_output=True, text=True, check=False
-        )
+        done = subprocess.run([sys.executable, "-m", "bm_jax.data", *arguments], capture_output=True, text=True, check=False)
         assert done.returncode == 1
         assert message in done.stderr
         assert "Traceback" not in done.stderr

@@ -91,9 +91,7 @@ def test_out_of_range_id_is_refused_when_read(folder):
 
 
 def test_recorded_ids_beyond_the_model(folder, tmp_path):
-    with pytest.raises(
-        ConfigError, match=r"uses 257 token ids, more than model.vocab_size = 256\. Set model.vocab_size"
-    ):
+    with pytest.raises(ConfigError, match=r"uses 257 token ids, more than model.vocab_size = 256\. Set model.vocab_size"):
         open_prepared(folder, None, 256)
 
 

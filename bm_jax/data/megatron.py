@@ -42,9 +42,7 @@ def read_index(path: Path) -> tuple[np.dtype, np.ndarray]:
         )
     expected = HEADER.size + 12 * sequences + 8 * boundaries
     if len(data) < expected:
-        raise DataError(
-            f"{path} is truncated: its header asks for {expected:,} bytes, found {len(data):,}. Copy it again"
-        )
+        raise DataError(f"{path} is truncated: its header asks for {expected:,} bytes, found {len(data):,}. Copy it again")
     lengths = np.frombuffer(data, "<i4", sequences, HEADER.size).astype(np.int64)
     offsets = np.frombuffer(data, "<i8", sequences, HEADER.size + 4 * sequences)
     documents = np.frombuffer(data, "<i8", boundaries, HEADER.size + 12 * sequences)

@@ -85,9 +85,7 @@ def prepare(
         if value is not None and value < least:
             raise ConfigError(f"{name} must be at least {least}, got {value}")
     chosen = load_tokenizer(tokenizer)
-    plan = Plan(
-        tuple(find_inputs(given)), chosen.fingerprint, text_field, validation_fraction, unit_bytes, document_bytes
-    )
+    plan = Plan(tuple(find_inputs(given)), chosen.fingerprint, text_field, validation_fraction, unit_bytes, document_bytes)
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
@@ -182,9 +180,7 @@ def _run(
 
     sizes = [sum(span.bytes for span in unit) for unit in units]
     done = sum(sizes) - sum(sizes[number] for number in todo)
-    bar = tqdm(
-        total=sum(sizes), initial=done, unit="B", unit_scale=True, desc="preparing", disable=not (progress and todo)
-    )
+    bar = tqdm(total=sum(sizes), initial=done, unit="B", unit_scale=True, desc="preparing", disable=not (progress and todo))
     with bar:
         if min(workers, len(todo)) <= 1:
             tokenizer = load_tokenizer(folder)
@@ -240,9 +236,7 @@ def _start_worker(folder: Path, plan: Plan, threshold: int, read: Any, stop: Any
             os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
-    _worker.update(
-        folder=folder, plan=plan, threshold=threshold, read=read, stop=stop, tokenizer=load_tokenizer(folder)
-    )
+    _worker.update(folder=folder, plan=plan, threshold=threshold, read=read, stop=stop, tokenizer=load_tokenizer(folder))
 
 
 def _work(number: int, unit: list[Span]) -> UnitRecord:

@@ -71,9 +71,7 @@ def find_inputs(paths: Sequence[str | os.PathLike[str]]) -> list[Input]:
             if not found:
                 raise DataError(f"{given} contains no {known} files")
         elif not path.exists():
-            hint = (
-                f". A data set of the hub is written {HUB}{given}" if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", given) else ""
-            )
+            hint = f". A data set of the hub is written {HUB}{given}" if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", given) else ""
             raise DataError(f"there is no file or folder {given}{hint}")
         elif not _kind(path):
             raise DataError(f"{given} is not a kind of file that can be read; known are {known}")
@@ -235,9 +233,7 @@ def _json_lines(source: Input, span: Span, _field: str, advance: Callable[[int],
                 advance(min(position, span.stop) - max(position - len(line), span.start))
                 yield line
     except (OSError, EOFError) as error:
-        raise DataError(
-            f"cannot read {source.path}: {error}. It is damaged or incomplete; replace or remove it"
-        ) from error
+        raise DataError(f"cannot read {source.path}: {error}. It is damaged or incomplete; replace or remove it") from error
 
 
 def _decompressed(source: Input, raw: BinaryIO) -> BinaryIO:

@@ -197,8 +197,7 @@ def _map(path: Path, dtype: np.dtype, count: int) -> np.ndarray:
     if found != expected:
         problem = "truncated" if found < expected else "too long"
         raise DataError(
-            f"{path} is {problem}: the manifest says {expected:,} bytes, found {found:,}. "
-            "Copy it again or prepare again"
+            f"{path} is {problem}: the manifest says {expected:,} bytes, found {found:,}. Copy it again or prepare again"
         )
     return np.memmap(path, dtype, "r", shape=(count,))
 

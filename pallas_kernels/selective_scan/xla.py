@@ -106,9 +106,7 @@ def _backward(residuals, cotangents):
 
     def chunk(carry, inputs):
         g, dA = carry
-        d_tokens, dA_chunk, g = lax.platform_dependent(
-            *inputs, A, g, cpu=_gradients_by_loop, default=_gradients_by_doubling
-        )
+        d_tokens, dA_chunk, g = lax.platform_dependent(*inputs, A, g, cpu=_gradients_by_loop, default=_gradients_by_doubling)
         return (g, dA + dA_chunk), d_tokens
 
     (d_state, dA), d_tokens = lax.scan(chunk, (d_final, jnp.zeros_like(A)), (tokens, starts, dy), reverse=True)
