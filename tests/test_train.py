@@ -55,8 +55,9 @@ TINY = Config(
 )
 FLAGS = (
     "--model.repeats 2 --model.width 32 --model.mamba.state-size 4 --model.moe.experts 4 --model.moe.width 32 "
-    "--model.scan-unroll 1 --data.sequence-length 32 --data.batch-size 8 --optimizer.warmup-steps 5 --optimizer.learning-rate 5e-3 --run.steps 40 "
-    "--run.report-every 3 --run.eval-every 10 --run.eval-batches 2 --run.checkpoint-every 10 --run.sample-tokens 0"
+    "--model.scan-unroll 1 --data.sequence-length 32 --data.batch-size 8 --optimizer.warmup-steps 5 "
+    "--optimizer.learning-rate 5e-3 --run.steps 40 --run.report-every 3 --run.eval-every 10 --run.eval-batches 2 "
+    "--run.checkpoint-every 10 --run.sample-tokens 0"
 ).split()
 
 
