@@ -14,7 +14,11 @@ from bm_jax.config import ModelConfig
 
 
 class Cache(NamedTuple):
-    """State after some tokens; `forward` takes one and returns the next."""
+    """State after some tokens; `forward` takes one and returns the next.
+
+    A row goes on with the document of its last token, so pad on the left: after padding on the right it would go on with
+    the padding. Attention layers must be fed at most the `max_length` tokens that they were given room for.
+    """
 
     layers: dict[str, dict[str, dict[str, Array]]]
     """By layer of the period and kind; arrays `[repeats, B, ...]`."""

@@ -218,6 +218,8 @@ def forward(
     """
     if training and "moe" in config.kinds and config.moe.input_jitter and key is None:
         raise ValueError("forward: training with moe.input_jitter draws noise; give a key")
+    if config.compute_dtype == "float64" and not jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]
+        raise ValueError("forward: compute_dtype float64 needs jax.config.update('jax_enable_x64', True) first")
     rngs = None if key is None else {"jitter": key}
     return cast(Output, Model(config, training, remat).apply({"params": parameters}, tokens, segment_ids, cache, rngs=rngs))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -92,13 +93,27 @@ def close(got, wanted, tolerance=2e-5):
 COUNTS = {  # total, active
     "blackmamba_340m_1p5b": (1_458_462_072, 343_694_712),
     "blackmamba_630m_2p8b": (2_783_213_584, 628_770_832),
+    "default": (2_728_216, 663_832),
+    "jamba": (932_269_728, 315_707_040),
+    "jamba_52b": (51_570_323_328, 12_110_311_296),
+    "mamba": (344_871_936, 344_871_936),
+    "moe_mamba": (2_477_679_360, 156_132_096),
+    "transformer": (342_473_728, 342_473_728),
+    "transformer_moe": (1_034_525_696, 342_662_144),
 }
 MATCHED = 343_694_712  # the dense comparison systems are as large as BlackMamba 340M/1.5B is active
 
 
-@pytest.mark.parametrize("preset", COUNTS)
-def test_published_counts(preset):
+@pytest.mark.parametrize("preset", configs.names())
+def test_the_counts_of_every_preset(preset):
     assert count_parameters(configs.load(preset).model) == COUNTS[preset]
+
+
+def test_the_readme_states_the_counts():
+    readme = (Path(__file__).resolve().parent.parent / "README.md").read_text()
+    for preset, (total, active) in COUNTS.items():
+        row = next(line for line in readme.splitlines() if line.startswith(f"| `{preset}` |"))
+        assert row.endswith(f"| {total:,} | {active:,} |")
 
 
 def test_count_by_the_published_formula():

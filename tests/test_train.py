@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import functools
 import json
@@ -92,9 +93,10 @@ def wait_for_rows(process: subprocess.Popen, directory: Path, rows: int) -> None
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
-    """An uninterrupted run, in this process."""
+    """An uninterrupted run, in this process, in a thread as notebooks and servers may have it (no signals there)."""
     directory = tmp_path_factory.mktemp("whole")
-    result = fit(at(directory, sample_tokens=20))
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        result = pool.submit(fit, at(directory, sample_tokens=20)).result()
     assert result.finished
     assert result.step == 40
     assert len(result.sample) > 20
