@@ -31,10 +31,19 @@ def main() -> int:
     except (ConfigError, RunDirectoryError, CheckpointError, NonFiniteError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except OSError as error:
+        print(
+            f"error: {error}. Checkpoints already saved are intact; run the same command again once this is fixed.",
+            file=sys.stderr,
+        )
+        return 1
+    except KeyboardInterrupt:
+        print("\nStopped; the same command goes on from the last checkpoint.", file=sys.stderr)
+        return 130
     arguments = sys.argv[1:]
     if result.finished:
         print(f'Generate: python -m bm_jax.generate {shlex.quote(config.run.directory)} --prompt "..."')
-        arguments = with_steps(arguments, 2 * config.run.steps)
+        arguments = with_steps(arguments, 2 * max(config.run.steps, result.step))
     print(f"Continue: {shlex.join(['python', sys.argv[0], *arguments])}")
     return 0 if result.finished else 130
 

@@ -47,6 +47,13 @@ def _finite(owner: object, *names: str, above: bool = False) -> None:
             raise ConfigError(f"{type(owner).__name__}.{name} must be {wanted}, got {value!r}")
 
 
+def _seed(owner: object) -> None:
+    """Seeds: integers of 32 bits, which is what random keys are made from."""
+    value = getattr(owner, "seed")  # noqa: B009 (any of the classes that have one)
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**32:
+        raise ConfigError(f"{type(owner).__name__}.seed must be an integer from 0 to 2**32 - 1, got {value!r}")
+
+
 def _one_of(owner: object, name: str, choices: tuple[str, ...]) -> None:
     value = getattr(owner, name)
     if value not in choices:
@@ -264,7 +271,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "sequence_length", "batch_size", "held_out_tokens")
-        _finite(self, "seed")
+        _seed(self)
         if not self.sources:
             raise ConfigError("DataConfig.sources is empty; give at least one source")
         if not all(self.sources):
@@ -355,7 +362,8 @@ class RunConfig:
             "checkpoint_every", "keep_last",
         )  # fmt: skip
         _one_of(self, "remat", ("none", "dots", "full"))
-        _finite(self, "z_loss", "sample_tokens", "seed")
+        _finite(self, "z_loss", "sample_tokens")
+        _seed(self)
         if self.keep_every is not None:
             _positive(self, "keep_every")
         if not self.directory:

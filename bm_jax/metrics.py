@@ -121,10 +121,17 @@ class MetricsWriter:
                 if isinstance(element, int | float | np.number):
                     self._tensorboard.add_scalar("/".join([name, *map(str, index)]), element, step)
 
+    def sync(self) -> None:
+        """Put the rows written so far on the disk, where they survive a power cut."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
     def close(self) -> None:
         """Flush and close both files."""
-        self._file.close()
-        self._tensorboard.close()
+        try:
+            self._file.close()
+        finally:
+            self._tensorboard.close()
 
 
 def read_metrics(directory: str | os.PathLike) -> list[dict[str, Any]]:

@@ -139,7 +139,8 @@ class Model(nn.Module):
         period = Period
         if self.remat != "none":
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if self.remat == "dots" else None
-            period = nn.remat(Period, policy=policy, prevent_cse=False)
+            # Inside a loop nothing can undo the recomputation; where periods are unrolled, XLA could.
+            period = nn.remat(Period, policy=policy, prevent_cse=config.scan_unroll > 1)
         periods = nn.scan(
             period,
             variable_axes={"params": 0},

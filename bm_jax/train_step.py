@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from bm_jax.config import Config
 from bm_jax.loss import Batch, LossSums, next_token_loss, predicted
 from bm_jax.model import Parameters, init_parameters
+from bm_jax.optimizer import learning_rate
 from bm_jax.routing import Statistics
 from bm_jax.sharding import parameter_shardings
 
@@ -59,9 +60,11 @@ def make_train_step(
     """The pure function (state, batch) -> (state, metrics); jit it with the state donated.
 
     A non-finite objective or gradient norm leaves parameters and optimizer as they were and is counted. Metrics:
-    `objective` (nats a token, as optimized: training routing, z-loss and router losses included), `grad_norm`,
+    `learning_rate`, `objective` (nats a token, as optimized: training routing, z-loss and router losses included), `grad_norm`,
     `skipped`, `skipped_in_row`, and for models with MoE layers `expert_load_training` and `dropped` per layer.
     """
+
+    schedule = learning_rate(config.optimizer, config.run.steps)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(state.key, state.step)
@@ -77,6 +80,7 @@ def make_train_step(
             params, opt_state = jax.lax.cond(
                 finite, update, lambda params, opt_state: (params, opt_state), state.params, state.opt_state
             )
+        rate = schedule(state.step - state.skipped)
         state = TrainState(
             step=state.step + 1,
             params=params,
@@ -88,6 +92,7 @@ def make_train_step(
         metrics = {
             "objective": objective,
             "grad_norm": grad_norm,
+            "learning_rate": rate,
             "skipped": state.skipped,
             "skipped_in_row": state.skipped_in_row,
         }

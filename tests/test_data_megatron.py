@@ -66,8 +66,16 @@ def test_ids_beyond_the_model(tmp_path):
     write_megatron(tmp_path / "corpus", [[[1, 2, 300, 4]], [[5]]])
     streams = open_megatron(tmp_path / "corpus", 1, 257)
     assert streams["train"].read(0, 2)[0].tolist() == [1, 2]
-    with pytest.raises(ConfigError, match=r"corpus\.bin contains token id 300, but the model has ids 0 to 256"):
+    with pytest.raises(ConfigError, match=r"corpus\.bin contains token id 300, but model and tokenizer have ids 0 to 256"):
         streams["train"].read(1, 4)
+
+
+def test_ids_beyond_the_tokenizer_of_a_larger_model(tmp_path):
+    write_megatron(tmp_path / "corpus", [[[300] * 40], [[5] * 40]])
+    config = DataConfig(sources=(f"{tmp_path}/corpus",), sequence_length=16, batch_size=1, held_out_tokens=10)
+    batches = open_data(config, 1000).train_batches()
+    with pytest.raises(ConfigError, match="contains token id 300, but model and tokenizer have ids 0 to 256"):
+        next(batches)
 
 
 def test_damaged_files(tmp_path):

@@ -88,7 +88,7 @@ def test_segments_of_long_and_tiny_documents():
 
 
 def test_token_out_of_range_is_named():
-    with pytest.raises(ConfigError, match=r"p contains token id 19, but the model has ids 0 to 14"):
+    with pytest.raises(ConfigError, match=r"p contains token id 19, but model and tokenizer have ids 0 to 14"):
         make_stream([[10], [10]], limit=15).read(5, 20)
     negative = TokenStream([Piece(np.array([3, -7], np.int32), np.array([2]), "file.bin")], 15)
     with pytest.raises(ConfigError, match=r"file\.bin contains token id -7"):

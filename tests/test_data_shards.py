@@ -86,7 +86,7 @@ def test_out_of_range_id_is_refused_when_read(folder):
     edit(folder / TOKENS, 11, 9)
     config = DataConfig(sources=(str(folder),), sequence_length=16)
     stream = open_data(config, 257).sources[0].train
-    with pytest.raises(ConfigError, match=rf"{TOKENS} contains token id 2\d\d\d, but the model has ids 0 to 256"):
+    with pytest.raises(ConfigError, match=rf"{TOKENS} contains token id 2\d\d\d, but model and tokenizer have ids 0 to 256"):
         stream.read(0, 16)
 
 

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tokenizers
 
 from bm_jax.checkpoint import CheckpointError, RunDirectoryError, lock_run_directory
 from bm_jax.config import (
@@ -32,6 +33,7 @@ from bm_jax.config import (
     OptimizerConfig,
     RunConfig,
 )
+from bm_jax.data import prepare
 from bm_jax.loss import next_token_loss
 from bm_jax.metrics import read_metrics
 from bm_jax.optimizer import decay_mask, learning_rate, make_optimizer
@@ -201,6 +203,37 @@ def test_another_model_data_or_seed_is_refused_and_nothing_is_written(whole, tmp
     after = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file() and p.name != ".lock"}
     before.pop(tmp_path / "config.json")
     assert after == before
+
+
+def test_another_tokenizer_under_the_same_name_is_refused(whole, tmp_path):
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    other = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<|endoftext|>": 0, "a": 1}, unk_token="a"))
+    other.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ConfigError, match="another tokenizer"):
+        fit(at(tmp_path, steps=50))
+
+
+def test_several_sources_are_mixed_and_validated_apart(tmp_path):
+    for name in ("first", "second"):
+        texts = [json.dumps({"text": f"{name} document {i}. " * 20}) for i in range(40)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(texts))
+        prepare([tmp_path / f"{name}.jsonl"], tmp_path / name, validation_fraction=0.2, progress=False)
+    sources = (str(tmp_path / "first"), str(tmp_path / "second"))
+    data = dataclasses.replace(TINY.data, sources=sources, weights=(3.0, 1.0))
+    config = dataclasses.replace(at(tmp_path / "run", steps=4), data=data)
+    fit(config)
+    row = history(tmp_path / "run")[-1]
+    parts = [row["validation_loss/first"], row["validation_loss/second"]]
+    assert min(parts) < row["validation_loss"] < max(parts)
+
+
+def test_the_quick_start_of_the_readme(tmp_path, monkeypatch):
+    blocks = (ROOT / "README.md").read_text().split("```python\n")[1:]
+    (code,) = [block.split("```")[0] for block in blocks]
+    assert "steps=200" in code
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code.replace("steps=200", "steps=2"), "README.md", "exec"), {})
+    assert (tmp_path / "runs" / "first" / "losses.png").exists()
 
 
 def test_a_run_directory_in_use_is_refused(tmp_path):

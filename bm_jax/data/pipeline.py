@@ -167,7 +167,7 @@ def _open(path: str, config: DataConfig, tokenizer: Tokenizer, vocab_size: int) 
         return open_prepared(path, tokenizer, vocab_size)
     prefix = megatron_prefix(path)
     if prefix is not None:
-        return open_megatron(prefix, config.held_out_tokens, vocab_size)
+        return open_megatron(prefix, config.held_out_tokens, min(vocab_size, tokenizer.vocab_size))
     if os.path.isdir(path):
         why = "it has no manifest.json"
         if os.path.exists(os.path.join(path, "plan.json")):

@@ -57,7 +57,7 @@ class TokenStream:
             low, high = int(part.min()), int(part.max())
             if low < 0 or high >= self._id_limit:
                 raise DataError(
-                    f"{piece.origin} contains token id {low if low < 0 else high}, but the model has ids 0 to "
+                    f"{piece.origin} contains token id {low if low < 0 else high}, but model and tokenizer have ids 0 to "
                     f"{self._id_limit - 1}: model.vocab_size is too small or the data was made with another tokenizer"
                 )
             tokens[position - start : until - start] = part
