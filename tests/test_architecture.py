@@ -146,7 +146,7 @@ def test_no_machine_paths():
 
 
 def test_the_search_for_machine_paths_finds_them():
-    for text in ("see /home/someone/x", "'/root/x'", '"/tm' + 'p/run"', "(/work/main)"):
+    for text in ("see /home/someone/x", "'/root/x'", '"/tm' + 'p/run"', "(/mnt/disk)"):
         assert MACHINE_PATHS.search(text), text
     for text in ("https://host/home/x", "runs/default", "a/root/b", "and/or", "/temporary"):
         assert not MACHINE_PATHS.search(text), text
