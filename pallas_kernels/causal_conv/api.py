@@ -6,9 +6,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels.causal_conv.reference import causal_conv_reference
-from pallas_kernels.dispatch import resolve
+from pallas_kernels.dispatch import Implementation, resolve
 
-IMPLEMENTATIONS = {"reference": causal_conv_reference}
+IMPLEMENTATIONS = {"reference": Implementation(causal_conv_reference)}
 
 
 def causal_conv(

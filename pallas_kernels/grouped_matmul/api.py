@@ -5,11 +5,11 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.dispatch import resolve
+from pallas_kernels.dispatch import Implementation, resolve
 from pallas_kernels.grouped_matmul.reference import grouped_matmul_reference
 from pallas_kernels.grouped_matmul.xla import grouped_matmul_xla
 
-IMPLEMENTATIONS = {"xla": grouped_matmul_xla, "reference": grouped_matmul_reference}
+IMPLEMENTATIONS = {"xla": Implementation(grouped_matmul_xla), "reference": Implementation(grouped_matmul_reference)}
 
 
 def grouped_matmul(lhs: Array, rhs: Array, group_sizes: Array, *, implementation: str | None = None) -> Array:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from jax import Array
 
-from pallas_kernels.dispatch import resolve
+from pallas_kernels.dispatch import Implementation, explain, resolve
 from pallas_kernels.selective_scan.reference import selective_scan_reference
 from pallas_kernels.selective_scan.shapes import check_arguments
 from pallas_kernels.selective_scan.xla import selective_scan_xla
 
-IMPLEMENTATIONS = {"xla": selective_scan_xla, "reference": selective_scan_reference}
+IMPLEMENTATIONS = {
+    "xla": Implementation(selective_scan_xla),
+    "reference": Implementation(selective_scan_reference),
+}
+"""In order of preference."""
 
 
 def selective_scan(
@@ -60,8 +64,17 @@ def selective_scan(
         NotImplementedError: a named implementation that does not exist or cannot serve the call.
     """
     check_arguments(u, dt, A, B, C, D, z, dt_bias, initial_state, segment_ids)
-    function = resolve("selective_scan", implementation, IMPLEMENTATIONS)
+    arguments = dict(u=u, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias, initial_state=initial_state, segment_ids=segment_ids)
+    function = resolve("selective_scan", implementation, IMPLEMENTATIONS, arguments)
     return function(
         u, dt, A, B, C, D, z=z, dt_bias=dt_bias, dt_softplus=dt_softplus,
         initial_state=initial_state, segment_ids=segment_ids,
     )  # fmt: skip
+
+
+def explain_selective_scan(**arguments: Array | None) -> str:
+    """What `selective_scan` would run for these array arguments and why, one line an implementation.
+
+    Takes the names of `selective_scan`'s arguments; `jax.ShapeDtypeStruct`s serve in the place of arrays.
+    """
+    return explain("selective_scan", IMPLEMENTATIONS, arguments)
