@@ -54,7 +54,7 @@ def target() -> Target:
     A mesh of devices that this machine does not have (`jax.set_mesh` over a described topology) is what tells the choice
     that code is compiled for them ahead of time.
     """
-    default = jax.config.jax_default_device
+    default = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
     device = jax.devices(default)[0] if isinstance(default, str) else default or jax.devices()[0]
     # The abstract mesh can be read while tracing, the mesh itself cannot.
     described = jax.sharding.get_abstract_mesh().abstract_device or device
@@ -72,12 +72,15 @@ def overridden(operator: str) -> str | None:
     value = os.environ.get(OVERRIDE, "").strip()
     if "=" not in value:
         return value or None
-    pairs = [tuple(part.strip() for part in pair.split("=")) for pair in value.split(",")]
-    if any(len(pair) != 2 or not all(pair) for pair in pairs):
-        raise NotImplementedError(
-            f"{OVERRIDE}={value!r}: give one name, or pairs such as selective_scan=xla,causal_conv=reference"
-        )
-    return dict(pairs).get(operator)
+    names: dict[str, str] = {}
+    for pair in value.split(","):
+        key, _, name = (part.strip() for part in pair.partition("="))
+        if not key or not name or "=" in name:
+            raise NotImplementedError(
+                f"{OVERRIDE}={value!r}: give one name, or pairs such as selective_scan=xla,causal_conv=reference"
+            )
+        names[key] = name
+    return names.get(operator)
 
 
 def resolve(
