@@ -5,11 +5,20 @@ from __future__ import annotations
 from jax import Array
 
 from pallas_kernels.dispatch import Implementation, explain, resolve
+from pallas_kernels.selective_scan.pallas_gpu import refusal as pallas_gpu_refusal
+from pallas_kernels.selective_scan.pallas_gpu import selective_scan_gpu
 from pallas_kernels.selective_scan.reference import selective_scan_reference
 from pallas_kernels.selective_scan.shapes import check_arguments
 from pallas_kernels.selective_scan.xla import selective_scan_xla
 
+SHORT = 32
+"""Tokens from which a kernel is preferred to plain XLA."""
+
 IMPLEMENTATIONS = {
+    # A short call costs less than the kernel's start.
+    "pallas_gpu": Implementation(
+        selective_scan_gpu, pallas_gpu_refusal, preferred=lambda call: call.arguments["u"].shape[1] >= SHORT
+    ),
     "xla": Implementation(selective_scan_xla),
     "reference": Implementation(selective_scan_reference),
 }

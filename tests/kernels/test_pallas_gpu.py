@@ -1,0 +1,91 @@
+"""The Mosaic GPU kernel without its hardware: it lowers for CUDA in every form, and refuses what it cannot serve.
+
+Its values are compared with the reference on a GPU by `python benchmarks/selective_scan.py --check`.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels.dispatch import Call, Target
+from pallas_kernels.selective_scan import selective_scan
+from pallas_kernels.selective_scan.pallas_gpu import refusal, selective_scan_gpu
+
+OPTIONS = ("D", "z", "dt_bias", "initial_state", "segment_ids")
+
+
+def shapes(batch, length, channels, states, dtype, without=()):
+    def array(*shape, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    wide, narrow = array(batch, length, channels, dtype=dtype), array(batch, length, states, dtype=dtype)
+    arguments = {
+        "u": wide, "dt": wide, "A": array(channels, states), "B": narrow, "C": narrow, "D": array(channels), "z": wide,
+        "dt_bias": array(channels), "initial_state": array(batch, channels, states),
+        "segment_ids": array(batch, length, dtype=jnp.int32),
+    }  # fmt: skip
+    return {name: None if name in without else value for name, value in arguments.items()}
+
+
+def scan(arguments, **options):
+    return selective_scan_gpu(**arguments, **options)
+
+
+def lower(function, *arguments):
+    return jax.export.export(jax.jit(function), platforms=["cuda"])(*arguments).mlir_module()
+
+
+@pytest.mark.parametrize("dt_softplus", [True, False])
+@pytest.mark.parametrize("without", [(), OPTIONS])
+@pytest.mark.parametrize(
+    ("size", "dtype"), [((8, 2048, 2304, 16), jnp.bfloat16), ((2, 63, 130, 8), jnp.float32), ((1, 1, 64, 64), jnp.float32)]
+)
+def test_lowers_for_cuda(size, dtype, without, dt_softplus):
+    arguments = shapes(*size, dtype, without)
+    text = lower(functools.partial(scan, dt_softplus=dt_softplus), arguments)
+    assert "mosaic_gpu" in text
+    results = jax.eval_shape(scan, arguments)
+    assert [(x.shape, x.dtype) for x in results] == [(size[:3], dtype), ((size[0], *size[2:]), jnp.float32)]
+
+
+def test_gradients_lower_for_cuda_and_keep_dtypes():
+    arguments = shapes(2, 63, 130, 8, jnp.bfloat16)
+    segment_ids = arguments.pop("segment_ids")
+
+    def loss(arguments, segment_ids):
+        y, final = scan(arguments | {"segment_ids": segment_ids})
+        return jnp.sum(y.astype(jnp.float32)) + jnp.sum(final)
+
+    lower(jax.grad(loss), arguments, segment_ids)
+    gradients = jax.eval_shape(jax.grad(loss), arguments, segment_ids)
+    assert {name: x.dtype for name, x in gradients.items()} == {name: x.dtype for name, x in arguments.items()}
+
+
+@pytest.mark.parametrize(
+    ("platform", "capability", "states", "dtype", "reason"),
+    [
+        ("cpu", 0.0, 16, jnp.float32, "needs a GPU of compute capability 9.0"),
+        ("gpu", 8.0, 16, jnp.float32, "needs a GPU of compute capability 9.0"),
+        ("gpu", 9.0, 12, jnp.float32, "N must be a multiple of 8 up to 64, got 12"),
+        ("gpu", 9.0, 128, jnp.float32, "N must be a multiple of 8 up to 64, got 128"),
+        ("gpu", 9.0, 16, jnp.bfloat16, None),
+    ],
+)
+def test_refuses_what_it_cannot_serve(platform, capability, states, dtype, reason):
+    given = refusal(Call(Target(platform, "a device", capability), shapes(2, 64, 64, states, dtype)))
+    assert given == reason if reason is None else reason in given
+
+
+def test_refuses_float64(x64):
+    arguments = shapes(2, 64, 64, 16, jnp.float32) | {"dt": jax.ShapeDtypeStruct((2, 64, 64), jnp.float64)}
+    assert "dt is float64" in refusal(Call(Target("gpu", "a device", 9.0), arguments))
+
+
+def test_named_on_another_machine_it_is_refused_with_the_reason():
+    arguments = {name: jnp.zeros(x.shape, x.dtype) for name, x in shapes(1, 4, 8, 8, jnp.float32).items()}
+    with pytest.raises(NotImplementedError, match="pallas_gpu cannot serve this call: it needs a GPU"):
+        selective_scan(**arguments, implementation="pallas_gpu")
