@@ -31,18 +31,18 @@ class Inputs(NamedTuple):
 def differentiable(forward: Callable, backward: Callable) -> Callable:
     """The scan with the signature of `selective_scan`, made of two kernels.
 
-    `forward(inputs, dt_softplus)` returns y, the final state and `starts`, whatever the backward kernel needs beyond the
-    inputs. `backward(inputs, starts, dy, d_final, dt_softplus)` returns an `Inputs` of gradients in any float dtype;
+    `forward(inputs, dt_softplus, keep)` returns y, the final state and `starts`: whatever the backward kernel needs beyond
+    the inputs, None unless `keep`. `backward(inputs, starts, dy, d_final, dt_softplus)` returns an `Inputs` of gradients in any float dtype;
     gradients of absent inputs, and of `segment_ids`, are ignored.
     """
 
     @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
     def scan(inputs: Inputs, dt_softplus: bool):
-        y, final, _ = forward(inputs, dt_softplus)
+        y, final, _ = forward(inputs, dt_softplus, False)
         return y, final
 
     def scan_forward(inputs: Inputs, dt_softplus: bool):
-        y, final, starts = forward(inputs, dt_softplus)
+        y, final, starts = forward(inputs, dt_softplus, True)
         return (y, final), (inputs, starts)
 
     def scan_backward(dt_softplus: bool, residuals, cotangents):

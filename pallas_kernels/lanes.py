@@ -1,0 +1,242 @@
+"""Kernels written lane by lane: one Python program that Mosaic GPU compiles for a warpgroup, or numpy runs on a CPU.
+
+A program is a function of a `Lanes` and of named arrays. It says what one lane of a block of `WARPGROUP` lanes does, as
+CUDA code would, and traces once: Python's loops unroll, `Lanes.loop` does not. Where arrays of a Pallas kernel fix how
+work is spread over lanes, a program chooses: which lane owns which channel, what stays in registers, which sums cross
+lanes and how. `launch` runs it on the GPU through `plgpu.kernel`. With `interpret=True` numpy does what the lanes would, one
+vector of 128 for each value, with outputs and shared memory poisoned by NaN and races between warps reported.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.versions import mosaic_kernel
+
+WARP = 32
+WARPGROUP = 128
+
+
+class Lanes(Protocol):
+    """What a program may do besides `+ - * // %` and comparisons on values; `//` and `%` are for non-negative integers."""
+
+    thread: Any
+    """Number of the lane in its block, 0 to 127."""
+    block: Any
+    """Number of the block."""
+
+    def fetch(self, ref: Any, index: Sequence[Any], width: int) -> Any:
+        """`width` neighbours along the last axis from `index` on, aligned to their size, not yet waited for."""
+        ...
+
+    def unpack(self, fetched: Any) -> list[Any]:
+        """The float32 values of a fetch."""
+        ...
+
+    def load(self, ref: Any, index: Sequence[Any], width: int) -> list[Any]:
+        """`unpack` of `fetch`."""
+        ...
+
+    def store(self, ref: Any, index: Sequence[Any], values: Sequence[Any], where: Any = None) -> None:
+        """Write neighbours along the last axis, in the array's dtype; lanes where `where` is false write nothing."""
+        ...
+
+    def exp2(self, x: Any) -> Any: ...
+    def log2(self, x: Any) -> Any: ...
+    def reciprocal(self, x: Any) -> Any: ...
+    def maximum(self, x: Any, y: Any) -> Any: ...
+    def fma(self, x: Any, y: Any, z: Any) -> Any:
+        """x * y + z."""
+        ...
+
+    def smaller(self, x: Any, y: Any) -> Any:
+        """The smaller of two integers."""
+        ...
+
+    def select(self, condition: Any, yes: Any, no: Any) -> Any: ...
+    def exchange(self, x: Any, stride: int) -> Any:
+        """The value of x that the lane `thread ^ stride` holds; both are in one warp."""
+        ...
+
+    def loop(self, count: Any, body: Callable[[Any, list[Any]], list[Any]], carry: list[Any]) -> list[Any]:
+        """`carry = body(i, carry)` for i from 0 to count - 1; `count` is the same in every lane of the block."""
+        ...
+
+    def loop_while_any(self, count: Any, body: Callable[[Any, list[Any]], tuple[Any, list[Any]]], carry: list[Any]) -> list[Any]:
+        """As `loop`, ended early once no lane of the block returns a true first value. It is a barrier after each turn."""
+        ...
+
+    def barrier(self) -> None:
+        """Wait for the block: what was stored before it, by any lane, is read after it."""
+        ...
+
+    def warp_barrier(self) -> None:
+        """As `barrier`, among the lanes of a warp."""
+        ...
+
+
+def scatter_sum(lanes: Lanes, values: Sequence[Any], strides: Sequence[int]) -> list[Any]:
+    """Sum over the lanes that differ in the bits `strides`, each lane keeping its share of the sums.
+
+    Every stride halves the list: lanes with that bit of `thread` clear keep the first half, the others the second.
+    """
+    for stride in strides:
+        upper = (lanes.thread // stride) % 2 > 0
+        half = len(values) // 2
+        values = [
+            lanes.select(upper, b, a) + lanes.exchange(lanes.select(upper, a, b), stride)
+            for a, b in zip(values[:half], values[half:], strict=True)
+        ]
+    return list(values)
+
+
+def launch(
+    program: Callable[[Lanes, SimpleNamespace], None],
+    blocks: int,
+    inputs: Mapping[str, Array],
+    outputs: Mapping[str, jax.ShapeDtypeStruct],
+    shared: Mapping[str, tuple[int, ...]],
+    interpret: bool = False,
+) -> dict[str, Array]:
+    """Run `program(lanes, arrays)` in `blocks` blocks; `arrays` has an attribute for each input, output and shared array.
+
+    Args:
+        outputs: shape and dtype of each array the program writes; elements it does not write are undefined.
+        shared: shape of each float32 array that the lanes of a block share.
+        interpret: run on numpy, in order of the blocks.
+    """
+    names = [*inputs, *outputs, *shared]
+    if interpret:
+
+        def run(*arrays: Array) -> list[np.ndarray]:
+            results = [np.full(s.shape, np.nan, s.dtype) for s in outputs.values()]
+            for block in range(blocks):
+                scratch = [np.full(shape, np.nan, np.float32) for shape in shared.values()]
+                lanes = _NumpyLanes(block, scratch)
+                refs = [*map(np.asarray, arrays), *results, *scratch]
+                with np.errstate(all="ignore"):
+                    program(lanes, SimpleNamespace(**dict(zip(names, refs, strict=True))))
+            return results
+
+        results = jax.pure_callback(run, list(outputs.values()), *inputs.values(), vmap_method="sequential")
+        return dict(zip(outputs, results, strict=True))
+
+    def body(*refs: Any) -> None:
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))
+        def lanewise(_: Any, *refs: Any) -> None:
+            # Imported here, so that machines without a GPU need not have what only compiles for one.
+            from pallas_kernels.lanes_mosaic import MosaicLanes
+
+            lanes = MosaicLanes()
+            wrapped = [lanes.ref(ref, constant=k < len(inputs)) for k, ref in enumerate(refs)]
+            program(lanes, SimpleNamespace(**dict(zip(names, wrapped, strict=True))))
+
+        lanewise(*refs)
+
+    kernel = mosaic_kernel(
+        body,
+        outputs=tuple(outputs.values()),
+        scratch=[plgpu.SMEM(shape, jnp.float32) for shape in shared.values()],
+        grid=(blocks,),
+        grid_names=("block",),
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+    )
+    return dict(zip(outputs, kernel(*inputs.values()), strict=True))
+
+
+class _NumpyLanes:
+    """Lanes on numpy: every value is a vector of WARPGROUP numbers, or one number where all lanes agree."""
+
+    def __init__(self, block: int, shared: Sequence[np.ndarray]):
+        self.block = block
+        self.thread = np.arange(WARPGROUP)
+        self._warp = self.thread // WARP
+        # For each element of shared memory, since the last barrier: the warps that read it and those that wrote it, as bits.
+        self._shared = {id(array): (np.zeros(array.shape, int), np.zeros(array.shape, int)) for array in shared}
+
+    def _access(self, ref: np.ndarray, index: Sequence[Any], where: Any, writes: bool) -> tuple[np.ndarray, ...]:
+        """The index broadcast to the lanes that take part, checked for bounds and races."""
+        active = np.broadcast_to(True if where is None else where, (WARPGROUP,))
+        full = tuple(np.broadcast_to(k, (WARPGROUP,))[active] for k in index)
+        if any(((k < 0) | (k >= size)).any() for k, size in zip(full, ref.shape, strict=True)):
+            raise IndexError(f"a lane of block {self.block} left an array of shape {ref.shape}")
+        if id(ref) in self._shared:
+            reads, written = self._shared[id(ref)]
+            bit = 1 << self._warp[active]
+            if ((written[full] & ~bit) | ((reads[full] & ~bit) if writes else 0)).any():
+                raise RuntimeError(f"warps of block {self.block} race for an element of a shared array of shape {ref.shape}")
+            np.bitwise_or.at(written if writes else reads, full, bit)
+        return full
+
+    def fetch(self, ref: np.ndarray, index: Sequence[Any], width: int) -> list[np.ndarray]:
+        *leading, last = index
+        return [ref[self._access(ref, (*leading, last + k), None, False)].astype(np.float32) for k in range(width)]
+
+    def unpack(self, fetched: list[np.ndarray]) -> list[np.ndarray]:
+        return fetched
+
+    load = fetch
+
+    def store(self, ref: np.ndarray, index: Sequence[Any], values: Sequence[Any], where: Any = None) -> None:
+        *leading, last = index
+        active = np.broadcast_to(True if where is None else where, (WARPGROUP,))
+        for k, value in enumerate(values):
+            ref[self._access(ref, (*leading, last + k), where, True)] = np.broadcast_to(value, (WARPGROUP,))[active]
+
+    def exp2(self, x: Any) -> Any:
+        return np.exp2(np.float32(x))
+
+    def log2(self, x: Any) -> Any:
+        return np.log2(np.float32(x))
+
+    def reciprocal(self, x: Any) -> Any:
+        return np.float32(1) / x
+
+    def maximum(self, x: Any, y: Any) -> Any:
+        return np.maximum(x, np.float32(y))
+
+    def fma(self, x: Any, y: Any, z: Any) -> Any:
+        return np.float32(x) * y + z
+
+    def smaller(self, x: Any, y: Any) -> Any:
+        return np.minimum(x, y)
+
+    def select(self, condition: Any, yes: Any, no: Any) -> Any:
+        return np.where(condition, np.float32(yes), np.float32(no))
+
+    def exchange(self, x: Any, stride: int) -> Any:
+        return np.broadcast_to(x, (WARPGROUP,))[self.thread ^ stride]
+
+    def loop(self, count: Any, body: Callable, carry: list[Any]) -> list[Any]:
+        for i in range(int(count)):
+            carry = body(i, carry)
+        return carry
+
+    def loop_while_any(self, count: Any, body: Callable, carry: list[Any]) -> list[Any]:
+        for i in range(int(count)):
+            more, carry = body(i, carry)
+            self.barrier()
+            if not np.any(more):
+                break
+        return carry
+
+    def barrier(self) -> None:
+        for reads, written in self._shared.values():
+            reads[...] = written[...] = 0
+
+    def warp_barrier(self) -> None:
+        pass
+
+
+def ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return math.ceil(a / b)

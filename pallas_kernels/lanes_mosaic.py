@@ -1,0 +1,239 @@
+"""`Lanes` as MLIR: each operation of a program becomes one operation of a kernel that Mosaic GPU compiles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import utils
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, gpu, llvm, nvvm, scf, vector
+
+VECTOR_BYTES = 16
+"""Most that a lane loads or stores at once."""
+
+
+class Ref(NamedTuple):
+    """An array in device or shared memory."""
+
+    pointer: Any
+    strides: tuple[int, ...]
+    element: Any
+    shared: bool
+    constant: bool
+
+
+class Number:
+    """A float32, int32 or boolean of a lane."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    @property
+    def is_float(self) -> bool:
+        return isinstance(self.value.type, ir.F32Type)
+
+    def lift(self, other: Any) -> Number:
+        """`other`, a constant of this value's type where it is a Python number."""
+        if isinstance(other, Number):
+            return other
+        return Number(utils.c(float(other) if self.is_float else int(other), self.value.type))
+
+    def _binary(self, other: Any, for_floats: Callable, for_integers: Callable, swapped: bool = False) -> Number:
+        pair = (self.lift(other), self) if swapped else (self, self.lift(other))
+        operation = for_floats if self.is_float else for_integers
+        options = {"fastmath": arith.FastMathFlags.contract} if self.is_float else {}
+        return Number(operation(pair[0].value, pair[1].value, **options))
+
+    def __add__(self, other: Any) -> Number:
+        return self._binary(other, arith.addf, arith.addi)
+
+    __radd__ = __add__
+
+    def __sub__(self, other: Any) -> Number:
+        return self._binary(other, arith.subf, arith.subi)
+
+    def __rsub__(self, other: Any) -> Number:
+        return self._binary(other, arith.subf, arith.subi, swapped=True)
+
+    def __mul__(self, other: Any) -> Number:
+        return self._binary(other, arith.mulf, arith.muli)
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> Number:
+        return 0 - self
+
+    def __floordiv__(self, other: Any) -> Number:
+        return Number(arith.divui(self.value, self.lift(other).value))
+
+    def __mod__(self, other: Any) -> Number:
+        return Number(arith.remui(self.value, self.lift(other).value))
+
+    def _compare(self, other: Any, for_floats: Any, for_integers: Any) -> Number:
+        other = self.lift(other)
+        if self.is_float:
+            return Number(arith.cmpf(for_floats, self.value, other.value))
+        return Number(arith.cmpi(for_integers, self.value, other.value))
+
+    def __lt__(self, other: Any) -> Number:
+        return self._compare(other, arith.CmpFPredicate.OLT, arith.CmpIPredicate.slt)
+
+    def __gt__(self, other: Any) -> Number:
+        return self._compare(other, arith.CmpFPredicate.OGT, arith.CmpIPredicate.sgt)
+
+    def __and__(self, other: Number) -> Number:
+        return Number(arith.andi(self.value, other.value))
+
+    def __or__(self, other: Number) -> Number:
+        return Number(arith.ori(self.value, other.value))
+
+
+class MosaicLanes:
+    """See `pallas_kernels.lanes.Lanes`."""
+
+    def __init__(self):
+        self._i32, self._i64 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
+        self._f32 = ir.F32Type.get()
+        self.thread = Number(utils.thread_idx())
+        self.block = Number(arith.index_cast(self._i32, gpu.block_id(gpu.Dimension.x)))
+
+    def ref(self, memref: Any, constant: bool) -> Ref:
+        """`memref` as an array of a program; a constant one is never written."""
+        kind = ir.MemRefType(memref.type)
+        strides, _ = kind.get_strides_and_offset()
+        shared = kind.memory_space is not None
+        pointer = utils.memref_ptr(memref)
+        if not shared:
+            pointer = llvm.addrspacecast(llvm.PointerType.get(1), pointer)
+        return Ref(pointer, tuple(strides), kind.element_type, shared, constant)
+
+    def _number(self, x: Any) -> Number:
+        return x if isinstance(x, Number) else Number(utils.c(float(x), self._f32))
+
+    def _address(self, ref: Ref, index: Sequence[Any], shift: int) -> Any:
+        """The address of the element `shift` after `index`."""
+        kind, fixed, offset = (self._i32 if ref.shared else self._i64), shift, None
+        for position, stride in zip(index, ref.strides, strict=True):
+            if not isinstance(position, Number):
+                fixed += position * stride
+                continue
+            value = position.value if ref.shared else arith.extsi(kind, position.value)
+            term = value if stride == 1 else arith.muli(value, utils.c(stride, kind))
+            offset = term if offset is None else arith.addi(offset, term)
+        # The constant comes last and alone, so that it becomes part of the instruction.
+        pointer = ref.pointer if offset is None else utils.getelementptr(ref.pointer, [offset], ref.element)
+        return utils.getelementptr(pointer, [fixed], ref.element) if fixed else pointer
+
+    def _pieces(self, ref: Ref, width: int) -> list[tuple[int, int]]:
+        """First element and size of each access that `width` neighbours take."""
+        size = min(width, VECTOR_BYTES // utils.bytewidth(ref.element))
+        return [(first, size) for first in range(0, width, size)]
+
+    def fetch(self, ref: Ref, index: Sequence[Any], width: int) -> list[Any]:
+        fetched = []
+        for first, size in self._pieces(ref, width):
+            address = self._address(ref, index, first)
+            options = {"invariant": True} if ref.constant else {}
+            kind = ir.VectorType.get((size,), ref.element)
+            fetched.append(llvm.load(kind, address, alignment=size * utils.bytewidth(ref.element), **options))
+        return fetched
+
+    def unpack(self, fetched: list[Any]) -> list[Number]:
+        numbers = []
+        for piece in fetched:
+            size = ir.VectorType(piece.type).shape[0]
+            if ir.VectorType(piece.type).element_type != self._f32:
+                piece = arith.extf(ir.VectorType.get((size,), self._f32), piece)
+            numbers += [Number(vector.extract(piece, [], [k])) for k in range(size)]
+        return numbers
+
+    def load(self, ref: Ref, index: Sequence[Any], width: int) -> list[Number]:
+        return self.unpack(self.fetch(ref, index, width))
+
+    def store(self, ref: Ref, index: Sequence[Any], values: Sequence[Any], where: Number | None = None) -> None:
+        if where is not None:
+            branch = scf.IfOp(where.value)
+            with ir.InsertionPoint(branch.then_block):
+                self.store(ref, index, values)
+                scf.yield_([])
+            return
+        for first, size in self._pieces(ref, len(values)):
+            parts = [self._number(value).value for value in values[first : first + size]]
+            whole = vector.from_elements(ir.VectorType.get((size,), self._f32), parts)
+            if ref.element != self._f32:
+                whole = arith.truncf(ir.VectorType.get((size,), ref.element), whole)
+            llvm.store(whole, self._address(ref, index, first), alignment=size * utils.bytewidth(ref.element))
+
+    def _instruction(self, name: str, x: Any) -> Number:
+        return Number(llvm.inline_asm(self._f32, [self._number(x).value], f"{name} $0, $1;", "=f,f"))
+
+    def exp2(self, x: Any) -> Number:
+        return self._instruction("ex2.approx.ftz.f32", x)
+
+    def log2(self, x: Any) -> Number:
+        return self._instruction("lg2.approx.ftz.f32", x)
+
+    def reciprocal(self, x: Any) -> Number:
+        return self._instruction("rcp.approx.ftz.f32", x)
+
+    def maximum(self, x: Any, y: Any) -> Number:
+        return Number(arith.maximumf(self._number(x).value, self._number(y).value))
+
+    def fma(self, x: Any, y: Any, z: Any) -> Number:
+        return self._number(x) * y + z
+
+    def smaller(self, x: Number, y: Any) -> Number:
+        return Number(arith.minsi(x.value, x.lift(y).value))
+
+    def select(self, condition: Number, yes: Any, no: Any) -> Number:
+        return Number(arith.select(condition.value, self._number(yes).value, self._number(no).value))
+
+    def exchange(self, x: Any, stride: int) -> Number:
+        return Number(utils.shfl_bfly(self._number(x).value, stride))
+
+    def _yield(self, carry: list[Any]) -> list[Any]:
+        return [leaf if not isinstance(leaf, (Number, int, float)) else self._number(leaf).value for leaf in carry]
+
+    def loop(self, count: Any, body: Callable, carry: list[Any]) -> list[Any]:
+        return self._while(count, lambda i, carry: (None, body(i, carry)), carry)
+
+    def loop_while_any(self, count: Any, body: Callable, carry: list[Any]) -> list[Any]:
+        return self._while(count, body, carry)
+
+    def _while(self, count: Any, body: Callable, carry: list[Any]) -> list[Any]:
+        limit = count.value if isinstance(count, Number) else utils.c(count, self._i32)
+        numbers = [isinstance(leaf, (Number, int, float)) for leaf in carry]
+
+        def wrap(values: Sequence[Any]) -> list[Any]:
+            return [Number(value) if number else value for value, number in zip(values, numbers, strict=True)]
+
+        first = self._yield(carry)
+        kinds = [value.type for value in first]
+        zero, one = utils.c(0, self._i32), utils.c(1, self._i32)
+        loop = scf.WhileOp([self._i32, self._i32, *kinds], [zero, one, *first])
+        before = loop.before.blocks.append(self._i32, self._i32, *kinds)
+        with ir.InsertionPoint(before):
+            i, more, *_ = before.arguments
+            unfinished = arith.cmpi(arith.CmpIPredicate.slt, i, limit)
+            wanted = arith.cmpi(arith.CmpIPredicate.ne, more, zero)
+            scf.condition(arith.andi(unfinished, wanted), list(before.arguments))
+        after = loop.after.blocks.append(self._i32, self._i32, *kinds)
+        with ir.InsertionPoint(after):
+            i, _, *values = after.arguments
+            more, carry = body(Number(i), wrap(values))
+            scf.yield_([arith.addi(i, one), one if more is None else self._any(more), *self._yield(carry)])
+        return wrap(list(loop.results)[2:])
+
+    def _any(self, condition: Number) -> Any:
+        """1 in every lane of the block if any of them has a true `condition`, else 0."""
+        reduction = "{.reg .pred p, q; setp.ne.u32 p, $1, 0; barrier.cta.red.or.pred q, 0, p; selp.u32 $0, 1, 0, q;}"
+        flag = arith.extui(self._i32, condition.value)
+        return llvm.inline_asm(self._i32, [flag], reduction, "=r,r", has_side_effects=True)
+
+    def barrier(self) -> None:
+        mgpu.warpgroup_barrier()
+
+    def warp_barrier(self) -> None:
+        nvvm.bar_warp_sync(utils.c(0xFFFFFFFF, self._i32))
