@@ -15,7 +15,6 @@ from types import SimpleNamespace
 from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -71,7 +70,9 @@ class Lanes(Protocol):
         """`carry = body(i, carry)` for i from 0 to count - 1; `count` is the same in every lane of the block."""
         ...
 
-    def loop_while_any(self, count: Any, body: Callable[[Any, list[Any]], tuple[Any, list[Any]]], carry: list[Any]) -> list[Any]:
+    def loop_while_any(
+        self, count: Any, body: Callable[[Any, list[Any]], tuple[Any, list[Any]]], carry: list[Any]
+    ) -> list[Any]:
         """As `loop`, ended early once no lane of the block returns a true first value. It is a barrier after each turn."""
         ...
 
@@ -104,14 +105,17 @@ def launch(
     blocks: int,
     inputs: Mapping[str, Array],
     outputs: Mapping[str, jax.ShapeDtypeStruct],
-    shared: Mapping[str, tuple[int, ...]],
+    shared: Mapping[str, jax.ShapeDtypeStruct],
+    together: int = 1,
     interpret: bool = False,
 ) -> dict[str, Array]:
     """Run `program(lanes, arrays)` in `blocks` blocks; `arrays` has an attribute for each input, output and shared array.
 
     Args:
         outputs: shape and dtype of each array the program writes; elements it does not write are undefined.
-        shared: shape of each float32 array that the lanes of a block share.
+        shared: shape and dtype of each array that the lanes of a block share.
+        together: blocks that the GPU starts as one. They share nothing, but the compiler then gives each lane at most
+            65536 / (128 * together) registers, so that this many blocks fit a processor.
         interpret: run on numpy, in order of the blocks.
     """
     names = [*inputs, *outputs, *shared]
@@ -120,7 +124,7 @@ def launch(
         def run(*arrays: Array) -> list[np.ndarray]:
             results = [np.full(s.shape, np.nan, s.dtype) for s in outputs.values()]
             for block in range(blocks):
-                scratch = [np.full(shape, np.nan, np.float32) for shape in shared.values()]
+                scratch = [np.full(s.shape, np.nan, s.dtype) for s in shared.values()]
                 lanes = _NumpyLanes(block, scratch)
                 refs = [*map(np.asarray, arrays), *results, *scratch]
                 with np.errstate(all="ignore"):
@@ -136,18 +140,21 @@ def launch(
             # Imported here, so that machines without a GPU need not have what only compiles for one.
             from pallas_kernels.lanes_mosaic import MosaicLanes
 
-            lanes = MosaicLanes()
+            lanes = MosaicLanes(together)
             wrapped = [lanes.ref(ref, constant=k < len(inputs)) for k, ref in enumerate(refs)]
-            program(lanes, SimpleNamespace(**dict(zip(names, wrapped, strict=True))))
+            with lanes.only_if(lanes.block < blocks):
+                program(lanes, SimpleNamespace(**dict(zip(names, wrapped, strict=True))))
 
         lanewise(*refs)
 
     kernel = mosaic_kernel(
         body,
         outputs=tuple(outputs.values()),
-        scratch=[plgpu.SMEM(shape, jnp.float32) for shape in shared.values()],
-        grid=(blocks,),
+        scratch=[plgpu.SMEM((together, *s.shape), s.dtype) for s in shared.values()],
+        grid=(ceil_div(blocks, together),),
         grid_names=("block",),
+        num_threads=together,
+        thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )
     return dict(zip(outputs, kernel(*inputs.values()), strict=True))

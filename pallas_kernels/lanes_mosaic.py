@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from jax.experimental.mosaic import gpu as mgpu
@@ -10,6 +11,7 @@ from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm, nvvm, scf, vector
 
+WARPGROUP = 128
 VECTOR_BYTES = 16
 """Most that a lane loads or stores at once."""
 
@@ -93,21 +95,33 @@ class Number:
 class MosaicLanes:
     """See `pallas_kernels.lanes.Lanes`."""
 
-    def __init__(self):
+    def __init__(self, together: int):
         self._i32, self._i64 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
         self._f32 = ir.F32Type.get()
-        self.thread = Number(utils.thread_idx())
-        self.block = Number(arith.index_cast(self._i32, gpu.block_id(gpu.Dimension.x)))
+        lane = Number(utils.thread_idx())
+        self.thread, self._warpgroup = lane % WARPGROUP, lane // WARPGROUP
+        self.block = Number(arith.index_cast(self._i32, gpu.block_id(gpu.Dimension.x))) * together + self._warpgroup
 
     def ref(self, memref: Any, constant: bool) -> Ref:
         """`memref` as an array of a program; a constant one is never written."""
         kind = ir.MemRefType(memref.type)
         strides, _ = kind.get_strides_and_offset()
-        shared = kind.memory_space is not None
         pointer = utils.memref_ptr(memref)
-        if not shared:
+        if kind.memory_space is None:
             pointer = llvm.addrspacecast(llvm.PointerType.get(1), pointer)
-        return Ref(pointer, tuple(strides), kind.element_type, shared, constant)
+            return Ref(pointer, tuple(strides), kind.element_type, False, constant)
+        # The first axis of a shared array is that of the blocks which run together.
+        whole = Ref(pointer, tuple(strides), kind.element_type, True, constant)
+        own = self._address(whole, (self._warpgroup, *[0] * (len(strides) - 1)), 0)
+        return Ref(own, tuple(strides[1:]), kind.element_type, True, constant)
+
+    @contextlib.contextmanager
+    def only_if(self, condition: Number) -> Iterator[None]:
+        """Emit what follows where `condition` holds; it is the same in every lane of a block."""
+        branch = scf.IfOp(condition.value)
+        with ir.InsertionPoint(branch.then_block):
+            yield
+            scf.yield_([])
 
     def _number(self, x: Any) -> Number:
         return x if isinstance(x, Number) else Number(utils.c(float(x), self._f32))
@@ -135,9 +149,8 @@ class MosaicLanes:
         fetched = []
         for first, size in self._pieces(ref, width):
             address = self._address(ref, index, first)
-            options = {"invariant": True} if ref.constant else {}
-            kind = ir.VectorType.get((size,), ref.element)
-            fetched.append(llvm.load(kind, address, alignment=size * utils.bytewidth(ref.element), **options))
+            kind, alignment = ir.VectorType.get((size,), ref.element), size * utils.bytewidth(ref.element)
+            fetched.append(llvm.load(kind, address, alignment=alignment, invariant=True if ref.constant else None))
         return fetched
 
     def unpack(self, fetched: list[Any]) -> list[Number]:
@@ -154,10 +167,8 @@ class MosaicLanes:
 
     def store(self, ref: Ref, index: Sequence[Any], values: Sequence[Any], where: Number | None = None) -> None:
         if where is not None:
-            branch = scf.IfOp(where.value)
-            with ir.InsertionPoint(branch.then_block):
+            with self.only_if(where):
                 self.store(ref, index, values)
-                scf.yield_([])
             return
         for first, size in self._pieces(ref, len(values)):
             parts = [self._number(value).value for value in values[first : first + size]]
@@ -228,9 +239,11 @@ class MosaicLanes:
 
     def _any(self, condition: Number) -> Any:
         """1 in every lane of the block if any of them has a true `condition`, else 0."""
-        reduction = "{.reg .pred p, q; setp.ne.u32 p, $1, 0; barrier.cta.red.or.pred q, 0, p; selp.u32 $0, 1, 0, q;}"
-        flag = arith.extui(self._i32, condition.value)
-        return llvm.inline_asm(self._i32, [flag], reduction, "=r,r", has_side_effects=True)
+        reduce = "barrier.cta.red.or.pred q, $2, 128, p;"
+        instructions = "{.reg .pred p, q; setp.ne.u32 p, $1, 0; " + reduce + " selp.u32 $0, 1, 0, q;}"
+        # The warpgroup's own barrier, as that of `mgpu.warpgroup_barrier`.
+        operands = [arith.extui(self._i32, condition.value), (self._warpgroup + 1).value]
+        return llvm.inline_asm(self._i32, operands, instructions, "=r,r,r", has_side_effects=True)
 
     def barrier(self) -> None:
         mgpu.warpgroup_barrier()

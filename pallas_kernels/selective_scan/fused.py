@@ -32,8 +32,8 @@ def differentiable(forward: Callable, backward: Callable) -> Callable:
     """The scan with the signature of `selective_scan`, made of two kernels.
 
     `forward(inputs, dt_softplus, keep)` returns y, the final state and `starts`: whatever the backward kernel needs beyond
-    the inputs, None unless `keep`. `backward(inputs, starts, dy, d_final, dt_softplus)` returns an `Inputs` of gradients in any float dtype;
-    gradients of absent inputs, and of `segment_ids`, are ignored.
+    the inputs, None unless `keep`. `backward(inputs, starts, dy, d_final, dt_softplus)` returns an `Inputs` of gradients in
+    any float dtype; gradients of absent inputs, and of `segment_ids`, are ignored.
     """
 
     @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
