@@ -13,6 +13,7 @@ from jax.test_util import check_grads
 from pallas_kernels.dispatch import Call, target
 from pallas_kernels.selective_scan import selective_scan, xla
 from pallas_kernels.selective_scan.api import IMPLEMENTATIONS
+from pallas_kernels.selective_scan.pallas_gpu import scan_gpu
 
 NAMES = ("u", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_state")
 
@@ -94,6 +95,15 @@ def make(length, *, batch=2, channels=3, states=8, without=(), dt_shift=0.0, A_s
     }
 
 
+INTERPRETED = {"pallas_gpu, interpreted": scan_gpu(interpret=True)}
+"""The kernels, run by an interpreter that needs none of their hardware and reports races and what was never written."""
+
+
+def function_of(form):
+    """The scan of a form's name: an implementation's, with what is peculiar to the form after a comma."""
+    return INTERPRETED.get(form) or functools.partial(selective_scan, implementation=form.split(",")[0])
+
+
 @functools.partial(jax.jit, static_argnames=("form", "dt_softplus"))
 def run(arguments, segment_ids, cotangents, *, form, dt_softplus):
     """What `oracle` returns, from an implementation."""
@@ -101,9 +111,7 @@ def run(arguments, segment_ids, cotangents, *, form, dt_softplus):
     def scan(arguments):
         positional = [arguments[name] for name in ("u", "dt", "A", "B", "C", "D")]
         named = {name: arguments[name] for name in ("z", "dt_bias", "initial_state")}
-        return selective_scan(
-            *positional, **named, dt_softplus=dt_softplus, segment_ids=segment_ids, implementation=form.split(",")[0]
-        )
+        return function_of(form)(*positional, **named, dt_softplus=dt_softplus, segment_ids=segment_ids)
 
     results, pullback = jax.vjp(scan, arguments)
     return *results, pullback(cotangents)[0]
@@ -123,37 +131,48 @@ def check(name, got, wanted, argument_dtype):
     assert (error <= limit).all(), f"{name}: error {error.max():.2e} at scale {scale:.2e}"
 
 
-RUNS = np.repeat(np.arange(1, 40), 5)  # documents of five tokens
+RUNS = np.repeat(np.arange(1, 60), 5)  # documents of five tokens
 
 CASES = {
     **{f"length {length}": {"length": length} for length in (1, 2, 3, 15, 16, 17, 32)},
     "length 63, 16 states": {"length": 63, "states": 16},
+    "length 64, 32 states": {"length": 64, "states": 32},
+    "length 33, 64 states": {"length": 33, "states": 64, "batch": 1},
+    "length 257, 70 channels": {"length": 257, "batch": 1, "channels": 70, "states": 16},
     "no options": {"length": 17, "without": ("D", "z", "dt_bias", "initial_state"), "segments": None},
     "no gate, no state": {"length": 5, "without": ("z", "initial_state"), "segments": None},
     "no skip, no bias": {"length": 5, "without": ("D", "dt_bias")},
     "steps as given": {"length": 18, "dt_softplus": False, "dt_shift": 4.0, "segments": None},
     # Row r starts its second document at token r: every offset in a chunk, its first and its last included.
     "every offset": {"length": 18, "batch": 18, "segments": np.arange(18)[None, :] >= np.arange(18)[:, None]},
+    "every offset of 32": {"length": 34, "batch": 34, "segments": np.arange(34)[None, :] >= np.arange(34)[:, None]},
     "ids that come back": {"length": 17, "segments": np.array([[1, 1, 2, 2, 1] * 3 + [1, 1], [3, 1] * 8 + [0]])},
     "tiny steps": {"length": 18, "dt_shift": -30.0},
     "huge steps": {"length": 18, "dt_shift": 300.0},
     "fast decay": {"length": 18, "A_scale": 1e4},
 }
 EXTREME = ("tiny steps", "huge steps", "fast decay")
+LONG = ("length 64, 32 states", "length 33, 64 states", "length 257, 70 channels", "every offset of 32")
 RUN = {
-    "float64": [case for case in CASES if case not in EXTREME],
+    "float64": [case for case in CASES if case not in EXTREME + LONG],
     "float32": ["length 63, 16 states", *EXTREME],
     "bfloat16": ["length 17"],
 }
+RUN_KERNELS = {
+    "float32": list(CASES),
+    "bfloat16": ["length 3", "length 63, 16 states", "length 257, 70 channels", "no options"],
+}
 
 
-def serves_here(row):
-    """Whether an implementation computes small calls on this machine in every dtype, float64 included."""
-    with jax.enable_x64(True):
-        return row.refusal(Call(target(), make(17))) is None
+def serves_here(row, dtype):
+    """Whether an implementation computes small calls on this machine."""
+    with jax.enable_x64(dtype == "float64"):
+        return row.refusal(Call(target(), make(17, dtype=np.dtype(dtype)))) is None
 
 
-FORMS = [*(name for name, row in IMPLEMENTATIONS.items() if serves_here(row)), "xla, accelerators"]
+FORMS = [*(name for name, row in IMPLEMENTATIONS.items() if serves_here(row, "float64")), "xla, accelerators"]
+KERNELS = [*INTERPRETED, *(name for name, row in IMPLEMENTATIONS.items() if serves_here(row, "float32") and name not in FORMS)]
+"""Forms that compute in float32 only."""
 
 
 @pytest.fixture(params=FORMS)
@@ -169,7 +188,8 @@ def implementation(request, monkeypatch):
     ("implementation", "dtype", "case"),
     [(implementation, dtype, case) for implementation in FORMS for dtype in RUN for case in RUN[dtype]
      # Slow to compile on CPUs, and the other lengths have every kind of last chunk.
-     if not (implementation == "xla, accelerators" and case in ("length 2", "length 15", "length 16", "length 32"))],
+     if not (implementation == "xla, accelerators" and case in ("length 2", "length 15", "length 16", "length 32"))]
+    + [(implementation, dtype, case) for implementation in KERNELS for dtype in RUN_KERNELS for case in RUN_KERNELS[dtype]],
     indirect=["implementation"],
 )  # fmt: skip
 def test_matches_the_loop_in_value_and_gradient(implementation, dtype, case):
@@ -257,6 +277,16 @@ def test_the_backward_pass_stays_in_its_document_and_repeats_bit_for_bit(impleme
     for name in ("u", "dt", "B", "C", "z"):
         assert not np.any(gradients[name][:, :9]), name
         assert np.all(gradients[name][:, 9:] != 0), name
+
+
+@pytest.mark.parametrize("form", KERNELS)
+def test_two_backward_runs_of_a_kernel_agree_bit_for_bit(form):
+    arguments = make(100, channels=70, states=16, dtype=np.float32)
+    segments = np.repeat(np.arange(20), 5)[None].repeat(2, 0).astype(np.int32)
+    r = np.random.default_rng(2)
+    cotangents = tuple(jnp.asarray(r.standard_normal(shape), jnp.float32) for shape in ((2, 100, 70), (2, 70, 16)))
+    once, again = (run(arguments, segments, cotangents, form=form, dt_softplus=True) for _ in range(2))
+    jax.tree.map(np.testing.assert_array_equal, once, again)
 
 
 def test_the_two_inner_forms_of_xla_agree(x64):
