@@ -101,9 +101,14 @@ def seconds(runs: dict[str, Any], arguments: tuple, count: int, rounds: int) -> 
 
 def exponentials(lanes: Any, refs: Any) -> None:
     """CHAINS chains of TURNS exponentials in every lane."""
+
+    def several(_: Any, values: list[Any]) -> list[Any]:
+        for _ in range(16):
+            values = [lanes.exp2(-value) for value in values]
+        return values
+
     (x,) = lanes.load(refs.x, (lanes.thread,), 1)
-    values = lanes.loop(TURNS // 16, lambda _, values: functools.reduce(lambda v, _: [lanes.exp2(-a) for a in v], range(16), values),
-                        [x + k for k in range(CHAINS)])  # fmt: skip
+    values = lanes.loop(TURNS // 16, several, [x + k for k in range(CHAINS)])
     lanes.store(refs.y, (lanes.block, lanes.thread), [functools.reduce(lambda a, b: a + b, values)])
 
 

@@ -38,7 +38,8 @@ GAP = 4
 VECTORS = {1: 4, 2: 8}
 """Channels that a lane takes where states play no part, by the channels whose states it holds."""
 BLOCKS = {1: 7 * 132, 2: 3 * 132}
-"""Blocks that keep the GPU busy, likewise: time is split until there are so many."""
+LONG, LONG_BLOCKS = 4096, {1: 10 * 132, 2: 9 * 132}
+"""Blocks that keep the GPU busy, likewise: time is split until there are so many; the second from LONG tokens on."""
 SPAN = 128
 """Fewest tokens of a chunk of time."""
 MANY = 6 * 132
@@ -87,7 +88,8 @@ class Plan(NamedTuple):
 
 def plan_of(batch: int, length: int, channels: int, softplus: bool, each: int) -> Plan:
     whole = Plan(batch, length, channels, length, softplus, each, VECTORS[each])
-    chunks = max(1, min(BLOCKS[each] // whole.blocks, length // SPAN))
+    blocks = (LONG_BLOCKS if length >= LONG else BLOCKS)[each]
+    chunks = max(1, min(blocks // whole.blocks, length // SPAN))
     return whole._replace(span=ceil_div(ceil_div(length, chunks), START) * START)
 
 

@@ -16,9 +16,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from pallas_kernels.dispatch import target
 from pallas_kernels.selective_scan.shapes import accumulator_dtype
 
 CHUNK = 16
+"""Tokens of a chunk on CPUs, whose loop is sequential anyway."""
+PARALLEL_CHUNK = 128
+"""Tokens of a chunk on accelerators: as many as run in parallel and in memory at a time."""
 
 
 class Tokens(NamedTuple):
@@ -48,32 +52,49 @@ def selective_scan_xla(
     initial_state: Array | None = None,
     segment_ids: Array | None = None,
 ) -> tuple[Array, Array]:
-    """`selective_scan` in chunks of `CHUNK` tokens."""
+    """`selective_scan` in chunks of tokens; one token alone is the bare recurrence."""
     dtype = accumulator_dtype(u, dt, A, B, C, D, z, dt_bias, initial_state)
-    batch, length, channels = u.shape
+    length = u.shape[1]
     x, step, B, C = (array.astype(dtype) for array in (u, dt, B, C))
     if dt_bias is not None:
         step = step + dt_bias.astype(dtype)
     if dt_softplus:
         step = jax.nn.softplus(step)
-    if initial_state is None:
-        state = jnp.zeros((batch, A.shape[1], channels), dtype)
+    if length == 1:
+        y, state = _one_token(x[:, 0], step[:, 0], A.astype(dtype), B[:, 0], C[:, 0], initial_state)
     else:
-        state = initial_state.astype(dtype).swapaxes(1, 2)
-    keep = None
-    if segment_ids is not None:
-        same = segment_ids[:, 1:] == segment_ids[:, :-1]
-        keep = jnp.pad(same, ((0, 0), (1, 0)), constant_values=True).astype(dtype)
-
-    size = min(CHUNK, length)
-    tokens = jax.tree.map(lambda array: _split(array, size), Tokens(x, step, B, C, keep))
-    y, state = _recurrence(tokens, A.astype(dtype).T, state)
-    y = jnp.moveaxis(y.reshape(-1, batch, channels)[:length], 0, 1)
+        y, state = _many_tokens(x, step, A.astype(dtype), B, C, initial_state, segment_ids)
     if D is not None:
         y = y + D.astype(dtype) * x
     if z is not None:
         y = y * jax.nn.silu(z.astype(dtype))
-    return y.astype(u.dtype), state.swapaxes(1, 2)
+    return y.astype(u.dtype), state
+
+
+def _one_token(x: Array, step: Array, A: Array, B: Array, C: Array, state: Array | None) -> tuple[Array, Array]:
+    """y `[B, 1, E]` and the state `[B, E, N]`: what generation runs, with no transposition of the state."""
+    increment = (step * x)[..., None] * B[:, None, :]
+    if state is not None:
+        increment = jnp.exp(step[..., None] * A) * state.astype(x.dtype) + increment
+    return jnp.sum(increment * C[:, None, :], axis=-1)[:, None], increment
+
+
+def _many_tokens(
+    x: Array, step: Array, A: Array, B: Array, C: Array, initial_state: Array | None, segment_ids: Array | None
+) -> tuple[Array, Array]:
+    batch, length, channels = x.shape
+    if initial_state is None:
+        state = jnp.zeros((batch, A.shape[1], channels), x.dtype)
+    else:
+        state = initial_state.astype(x.dtype).swapaxes(1, 2)
+    keep = None
+    if segment_ids is not None:
+        same = segment_ids[:, 1:] == segment_ids[:, :-1]
+        keep = jnp.pad(same, ((0, 0), (1, 0)), constant_values=True).astype(x.dtype)
+    size = min(CHUNK if target().platform == "cpu" else PARALLEL_CHUNK, length)
+    tokens = jax.tree.map(lambda array: _split(array, size), Tokens(x, step, B, C, keep))
+    y, state = _recurrence(tokens, A.T, state)
+    return jnp.moveaxis(y.reshape(-1, batch, channels)[:length], 0, 1), state.swapaxes(1, 2)
 
 
 def _split(array: Array, size: int) -> Array:
