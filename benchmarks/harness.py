@@ -20,6 +20,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+from jax import lax
+
 PACKAGES = ("jax", "jaxlib", "numpy", "torch", "transformers", "mambapy", "tokenizers")
 
 
@@ -178,3 +181,29 @@ def _format(seconds: float) -> str:
         if seconds * scale >= 1:
             return f"{seconds * scale:.3g} {unit}"
     return f"{seconds * 1e6:.3g} us"
+
+
+def repeated(function: Any, count: int) -> Any:
+    """`count` calls one after the other in one program."""
+
+    @jax.jit
+    def run(*arguments):
+        def again(_, last):
+            # The barrier ties each call to the one before it, so none is dropped or moved out of the loop.
+            fresh, _ = lax.optimization_barrier((arguments, last))
+            return function(*fresh)
+
+        return lax.fori_loop(0, count - 1, again, function(*arguments))
+
+    return run
+
+
+def seconds(runs: dict[str, Any], arguments: tuple, count: int, rounds: int) -> dict[str, list[float]]:
+    """Seconds a call of each, taking turns."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            jax.block_until_ready(run(*arguments))
+            times[name].append((time.perf_counter() - start) / count)
+    return times

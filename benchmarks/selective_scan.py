@@ -15,13 +15,12 @@ import argparse
 import functools
 import json
 import statistics
-import time
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from harness import machine
+from harness import machine, repeated, seconds
 from jax import Array, lax
 
 from pallas_kernels.dispatch import target
@@ -71,32 +70,6 @@ def forward(function: Any, a: dict[str, Array], dy: Array) -> Any:
 def both(function: Any, a: dict[str, Array], dy: Array) -> Any:
     y, pullback = jax.vjp(lambda a: call(function, a)[0], a)
     return y, pullback(dy)[0]
-
-
-def repeated(function: Any, count: int) -> Any:
-    """`count` calls one after the other in one program."""
-
-    @jax.jit
-    def run(*arguments):
-        def again(_, last):
-            # The barrier ties each call to the one before it, so none is dropped or moved out of the loop.
-            fresh, _ = lax.optimization_barrier((arguments, last))
-            return function(*fresh)
-
-        return lax.fori_loop(0, count - 1, again, function(*arguments))
-
-    return run
-
-
-def seconds(runs: dict[str, Any], arguments: tuple, count: int, rounds: int) -> dict[str, list[float]]:
-    """Seconds a call of each, taking turns."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            jax.block_until_ready(run(*arguments))
-            times[name].append((time.perf_counter() - start) / count)
-    return times
 
 
 def exponentials(lanes: Any, refs: Any) -> None:
