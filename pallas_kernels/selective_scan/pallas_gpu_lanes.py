@@ -99,67 +99,6 @@ def plan_forward(batch: int, length: int, channels: int, softplus: bool) -> Plan
     return plan if batch * plan.strips >= MANY else plan_of(batch, length, channels, softplus, 1)
 
 
-class Place(NamedTuple):
-    """What a lane works on."""
-
-    row: Any
-    strip: Any
-    chunk: Any
-    first: Any
-    """First token of the chunk."""
-    end: Any
-    """One past the chunk's last token."""
-    each: int
-    offset: Any
-    """Place of the lane's first channel in the strip."""
-    quarter: Any
-    """Which of the states the lane holds."""
-    channel: Any
-    """First channel, moved inside the array where the strip leaves it."""
-    inside: Any
-    """Whether it was inside."""
-
-
-def _place(lanes: Lanes, plan: Plan) -> Place:
-    strip, rest = lanes.block % plan.strips, lanes.block // plan.strips
-    chunk, row = rest % plan.chunks, rest // plan.chunks
-    offset = lanes.thread // OWN * plan.each
-    channel = strip * plan.strip + offset
-    first = chunk * plan.span
-    end = lanes.smaller(first + plan.span, plan.length)
-    inside = channel < plan.channels
-    channel = lanes.smaller(channel, plan.channels - plan.each)
-    return Place(row, strip, chunk, first, end, plan.each, offset, lanes.thread % OWN, channel, inside)
-
-
-def _states(lanes: Lanes, at: Place, ref: Any, *leading: Any) -> list[Any]:
-    """The lane's states, channel by channel, from `ref[*leading, channels, STATES]`."""
-    return [
-        value for c in range(at.each) for value in lanes.load(ref, (*leading, at.channel + c, at.quarter * OWN), OWN)
-    ]  # fmt: skip
-
-
-def _keep_states(lanes: Lanes, at: Place, values: list[Any], ref: Any, *leading: Any, where: Any = None) -> None:
-    where = at.inside if where is None else where & at.inside
-    for c in range(at.each):
-        lanes.store(ref, (*leading, at.channel + c, at.quarter * OWN), values[c * OWN : (c + 1) * OWN], where)
-
-
-def _entering(lanes: Lanes, plan: Plan, at: Place, refs: SimpleNamespace, edge: str, reverse: bool) -> list[Any]:
-    """The state (or its gradient, in reverse) that enters the lane's chunk: that at the edge, through the chunks between."""
-    zero = [0.0] * (at.each * OWN)
-    state = _states(lanes, at, getattr(refs, edge), at.row) if hasattr(refs, edge) else zero
-    if plan.chunks == 1:
-        return state
-
-    def body(i: Any, state: list[Any]) -> list[Any]:
-        k = (plan.chunks - 1) - i if reverse else i
-        decays, increments = (_states(lanes, at, ref, at.row, k) for ref in (refs.decays, refs.increments))
-        return [lanes.fma(d, h, b) for d, h, b in zip(decays, state, increments, strict=True)]
-
-    return lanes.loop((plan.chunks - 1) - at.chunk if reverse else at.chunk, body, state)
-
-
 def _softplus(lanes: Lanes, x: Any) -> Any:
     """log(1 + exp(x)), to float32's relative precision also where it is tiny."""
     e = lanes.exp2(lanes.maximum(x, -x) * -LOG2E)
@@ -177,98 +116,137 @@ def _sigmoid(lanes: Lanes, x: Any) -> Any:
     return lanes.reciprocal(1 + lanes.exp2(x * -LOG2E))
 
 
-class Strip(NamedTuple):
-    """What a lane takes of a tile where states play no part: plan.vector channels of a token."""
+class Work:
+    """What one lane works on, in the two divisions of a strip, and the steps that the programs have in common.
 
-    token: Any
-    group: Any
-    """Number of its plan.vector channels in the strip, also that of a group in a row of shared memory."""
-    column: Any
-    """First of them, moved inside the array where the strip leaves it."""
-    inside: Any
+    For the recurrence it owns `each` channels from `channel` on and a `quarter` of their states. Where states play no part
+    it takes `vector` channels, from `column` on, of one token of a tile. A lane whose channels the strip leaves outside the
+    array reads others in their place and writes nothing.
+    """
 
+    def __init__(self, plan: Plan, lanes: Lanes, refs: SimpleNamespace):
+        self.plan, self.lanes, self.refs = plan, lanes, refs
+        self.strip, rest = lanes.block % plan.strips, lanes.block // plan.strips
+        self.chunk, self.row = rest % plan.chunks, rest // plan.chunks
+        self.first = self.chunk * plan.span
+        """First token of the chunk."""
+        self.end = lanes.smaller(self.first + plan.span, plan.length)
+        """One past the last token of the chunk."""
 
-def _strip(lanes: Lanes, plan: Plan, at: Place) -> Strip:
-    groups = plan.strip // plan.vector
-    group = lanes.thread % groups
-    column = at.strip * plan.strip + group * plan.vector
-    return Strip(lanes.thread // groups, group, lanes.smaller(column, plan.channels - plan.vector), column < plan.channels)
+        self.quarter = lanes.thread % OWN
+        offset = lanes.thread // OWN * plan.each
+        channel = self.strip * plan.strip + offset
+        self.channel, self.inside = lanes.smaller(channel, plan.channels - plan.each), channel < plan.channels
+        group, place = offset // plan.vector, offset % plan.vector
+        self.step_place = group * (2 * plan.vector + GAP) + place * 2
+        self.sum_place = group * (OWN * plan.vector + GAP) + place * OWN + self.quarter * plan.each
+        self.slope_place = group * (plan.vector + GAP) + place
+        """Places of the first channel in the rows of shared memory."""
 
+        groups = plan.strip // plan.vector
+        self.token, self.group = lanes.thread // groups, lanes.thread % groups
+        column = self.strip * plan.strip + self.group * plan.vector
+        self.column, self.column_inside = lanes.smaller(column, plan.channels - plan.vector), column < plan.channels
 
-def _fetch(lanes: Lanes, plan: Plan, at: Place, by: Strip, ref: Any, time: Any) -> list[Any]:
-    """plan.vector channels of one token, or of the last one where `time` is beyond it."""
-    return lanes.fetch(ref, (at.row, lanes.smaller(time, plan.length - 1), by.column), plan.vector)
+    def has(self, name: str) -> bool:
+        """Whether the call has this array."""
+        return hasattr(self.refs, name)
 
+    def states(self, ref: Any, *leading: Any) -> list[Any]:
+        """The lane's states, channel by channel, from `ref[*leading, channels, STATES]`."""
+        places = [(*leading, self.channel + c, self.quarter * OWN) for c in range(self.plan.each)]
+        return [value for place in places for value in self.lanes.load(ref, place, OWN)]
 
-def _steps(lanes: Lanes, plan: Plan, refs: SimpleNamespace, by: Strip, dt: list[Any], time: Any) -> list[Any]:
-    """Step sizes of one token, 0 outside the array: there the state stays as it is and takes nothing in."""
-    if hasattr(refs, "dt_bias"):
-        dt = [a + b for a, b in zip(dt, lanes.load(refs.dt_bias, (by.column,), plan.vector), strict=True)]
-    steps = [_softplus(lanes, x) for x in dt] if plan.softplus else dt
-    return [lanes.select(by.inside & (time < plan.length), step, 0.0) for step in steps]
+    def keep_states(self, values: list[Any], ref: Any, *leading: Any, where: Any = None) -> None:
+        where = self.inside if where is None else where & self.inside
+        for c in range(self.plan.each):
+            self.lanes.store(ref, (*leading, self.channel + c, self.quarter * OWN), values[c * OWN : (c + 1) * OWN], where)
 
+    def entering(self, edge: str, reverse: bool) -> list[Any]:
+        """The state (or its gradient, in reverse) that enters the chunk: that at the edge, through the chunks between."""
+        lanes, refs, last = self.lanes, self.refs, self.plan.chunks - 1
+        state = self.states(getattr(refs, edge), self.row) if self.has(edge) else [0.0] * (self.plan.each * OWN)
+        if last == 0:
+            return state
 
-def _slopes(lanes: Lanes, plan: Plan, at: Place, by: Strip, refs: SimpleNamespace, time: Any) -> list[Any]:
-    """Gradients of the output before the gate, of one token, 0 outside the array."""
-    dy = lanes.unpack(_fetch(lanes, plan, at, by, refs.dy, time))
-    if hasattr(refs, "z"):
-        z = lanes.unpack(_fetch(lanes, plan, at, by, refs.z, time))
-        dy = [d * x * _sigmoid(lanes, x) for d, x in zip(dy, z, strict=True)]
-    return [lanes.select(by.inside & (time < plan.length), d, 0.0) for d in dy]
+        def body(i: Any, state: list[Any]) -> list[Any]:
+            k = last - i if reverse else i
+            decays, increments = (self.states(ref, self.row, k) for ref in (refs.decays, refs.increments))
+            return [lanes.fma(d, h, b) for d, h, b in zip(decays, state, increments, strict=True)]
 
+        return lanes.loop(last - self.chunk if reverse else self.chunk, body, state)
 
-def _put_steps(lanes: Lanes, plan: Plan, by: Strip, ref: Any, token: Any, steps: list[Any], values: list[Any]) -> None:
-    both = [x for pair in zip(steps, values, strict=True) for x in pair]
-    lanes.store(ref, (token, by.group * (2 * plan.vector + GAP)), both)
+    def fetch(self, ref: Any, time: Any) -> list[Any]:
+        """The lane's `vector` channels of one token, or of the last one where `time` is beyond it."""
+        return self.lanes.fetch(ref, (self.row, self.lanes.smaller(time, self.plan.length - 1), self.column), self.plan.vector)
 
+    def read(self, ref: Any, time: Any) -> list[Any]:
+        return self.lanes.unpack(self.fetch(ref, time))
 
-def _put_tokens(lanes: Lanes, plan: Plan, at: Place, refs: SimpleNamespace, first: Any, tokens: int, names: str) -> None:
-    """Bring the rows of B or C or both, and the flags of `keep`, for `tokens` tokens from `first` on to shared memory."""
-    lane = lanes.thread % (tokens * OWN)
-    time = lanes.smaller(first + lane // OWN, plan.length - 1)
-    for k, name in enumerate(names):
-        values = lanes.load(getattr(refs, name), (at.row, time, lane % OWN * OWN), OWN)
+    def of_channels(self, ref: Any) -> list[Any]:
+        """The lane's `vector` channels of `ref[channels]`."""
+        return self.lanes.load(ref, (self.column,), self.plan.vector)
+
+    def steps(self, dt: list[Any], time: Any) -> list[Any]:
+        """Step sizes of one token, 0 outside the array: there the state stays as it is and takes nothing in."""
+        if self.has("dt_bias"):
+            dt = [a + b for a, b in zip(dt, self.of_channels(self.refs.dt_bias), strict=True)]
+        steps = [_softplus(self.lanes, x) for x in dt] if self.plan.softplus else dt
+        return [self.lanes.select(self.column_inside & (time < self.plan.length), step, 0.0) for step in steps]
+
+    def slopes(self, time: Any) -> list[Any]:
+        """Gradients of the output before the gate, of one token, 0 outside the array."""
+        dy = self.read(self.refs.dy, time)
+        if self.has("z"):
+            dy = [d * x * _sigmoid(self.lanes, x) for d, x in zip(dy, self.read(self.refs.z, time), strict=True)]
+        return [self.lanes.select(self.column_inside & (time < self.plan.length), d, 0.0) for d in dy]
+
+    def put_steps(self, token: Any, steps: list[Any], values: list[Any]) -> None:
+        both = [x for pair in zip(steps, values, strict=True) for x in pair]
+        self.lanes.store(self.refs.step_rows, (token, self.group * (2 * self.plan.vector + GAP)), both)
+
+    def put_tokens(self, first: Any, tokens: int, names: str) -> None:
+        """Bring the rows of B or C or both, and the flags of `keep`, of `tokens` tokens from `first` on to shared memory."""
+        lanes, refs, last = self.lanes, self.refs, self.plan.length - 1
+        half = tokens * OWN
+        lane = lanes.thread % half
+        time = lanes.smaller(first + lane // OWN, last)
         # Where half the lanes are enough, each half takes one array.
-        mine = None if tokens * OWN == WARPGROUP else lanes.thread < tokens * OWN if k == 0 else lanes.thread > tokens * OWN - 1
-        lanes.store(refs.rows, (lane // OWN, (lane % OWN * len(names) + k) * OWN), values, mine)
-    if hasattr(refs, "keep"):
-        lane = lanes.thread % tokens
-        flag = lanes.load(refs.keep, (at.row, lanes.smaller(first + lane, plan.length - 1)), 1)[0]
-        # The steps past the last token are 0 and must leave the state as it is.
-        flag = lanes.select(first + lane < plan.length, flag, 1.0)
-        lanes.store(refs.keep_rows, (lane,), [flag], lanes.thread < tokens)
+        takers = [None, None] if half == WARPGROUP else [lanes.thread < half, lanes.thread > half - 1]
+        for k, name in enumerate(names):
+            values = lanes.load(getattr(refs, name), (self.row, time, lane % OWN * OWN), OWN)
+            lanes.store(refs.rows, (lane // OWN, (lane % OWN * len(names) + k) * OWN), values, takers[k])
+        if self.has("keep"):
+            lane = lanes.thread % tokens
+            flag = lanes.load(refs.keep, (self.row, lanes.smaller(first + lane, last)), 1)[0]
+            # The steps past the last token are 0 and must leave the state as it is.
+            flag = lanes.select(first + lane < last + 1, flag, 1.0)
+            lanes.store(refs.keep_rows, (lane,), [flag], lanes.thread < tokens)
 
+    def step_at(self, token: Any) -> tuple[list[Any], list[Any]]:
+        """(steps, values) of the lane's channels, as `put_steps` left them."""
+        both = self.lanes.load(self.refs.step_rows, (token, self.step_place), 2 * self.plan.each)
+        return both[::2], both[1::2]
 
-def _step_at(lanes: Lanes, plan: Plan, at: Place, ref: Any, token: Any) -> tuple[list[Any], list[Any]]:
-    """(steps, values) of the lane's channels, as `_put_steps` left them."""
-    both = lanes.load(
-        ref, (token, at.offset // plan.vector * (2 * plan.vector + GAP) + at.offset % plan.vector * 2), 2 * at.each
-    )
-    return both[::2], both[1::2]
+    def row_at(self, token: Any) -> tuple[list[Any], list[Any]]:
+        """The token's B and C, of the lane's states."""
+        both = self.lanes.load(self.refs.rows, (token, self.quarter * 2 * OWN), 2 * OWN)
+        return both[:OWN], both[OWN:]
 
+    def kept(self, token: Any) -> Any:
+        """Whether the state survives into `token`, or None where all do."""
+        return self.lanes.load(self.refs.keep_rows, (token,), 1)[0] > 0 if self.has("keep") else None
 
-def _row_at(lanes: Lanes, at: Place, refs: SimpleNamespace, token: Any) -> tuple[list[Any], list[Any]]:
-    """The token's B and C, of the lane's states."""
-    both = lanes.load(refs.rows, (token, at.quarter * 2 * OWN), 2 * OWN)
-    return both[:OWN], both[OWN:]
+    def where_kept(self, kept: Any, values: list[Any]) -> list[Any]:
+        return values if kept is None else [self.lanes.select(kept, value, 0.0) for value in values]
 
-
-def _kept(lanes: Lanes, refs: SimpleNamespace, token: Any) -> Any:
-    """Whether the state survives into `token`, or None where all do."""
-    return lanes.load(refs.keep_rows, (token,), 1)[0] > 0 if hasattr(refs, "keep") else None
-
-
-def _where_kept(lanes: Lanes, kept: Any, values: list[Any]) -> list[Any]:
-    return values if kept is None else [lanes.select(kept, value, 0.0) for value in values]
-
-
-def _advance(
-    lanes: Lanes, rates: list[Any], steps: list[Any], inputs: list[Any], row: list[Any], kept: Any, state: list[Any]
-) -> tuple[list[Any], list[Any]]:
-    """The lane's decays and next state, from each channel's step and step * x, and the token's B."""
-    decays = [lanes.exp2(steps[k // OWN] * rate) for k, rate in enumerate(rates)]
-    state = _where_kept(lanes, kept, state)
-    return decays, [lanes.fma(decays[k], h, inputs[k // OWN] * row[k % OWN]) for k, h in enumerate(state)]
+    def advance(
+        self, rates: list[Any], steps: list[Any], inputs: list[Any], row: list[Any], kept: Any, state: list[Any]
+    ) -> tuple[list[Any], list[Any]]:
+        """The lane's decays and next state, from each channel's step and step * x, and the token's B."""
+        decays = [self.lanes.exp2(steps[k // OWN] * rate) for k, rate in enumerate(rates)]
+        state = self.where_kept(kept, state)
+        return decays, [self.lanes.fma(decays[k], h, inputs[k // OWN] * row[k % OWN]) for k, h in enumerate(state)]
 
 
 def summary_program(adjoint: bool, plan: Plan, lanes: Lanes, refs: SimpleNamespace) -> None:
@@ -276,38 +254,37 @@ def summary_program(adjoint: bool, plan: Plan, lanes: Lanes, refs: SimpleNamespa
 
     The state leaves at the last token and the walk is from there to the first; the adjoint state leaves at the first.
     """
-    at = _place(lanes, plan)
-    by = _strip(lanes, plan, at)
-    rates = _states(lanes, at, refs.A)
+    work = Work(plan, lanes, refs)
+    rates = work.states(refs.A)
     own = plan.each * OWN
-    tiles = (at.end - at.first + (plan.tile - 1)) // plan.tile
+    tiles = (work.end - work.first + (plan.tile - 1)) // plan.tile
     # The last chunk in walking order of the states hands nothing on.
-    needed = (at.chunk if adjoint else (plan.chunks - 1) - at.chunk) * (plan.span // plan.tile)
+    needed = (work.chunk if adjoint else (plan.chunks - 1) - work.chunk) * (plan.span // plan.tile)
 
     def decays(passed: list[Any], alive: list[Any]) -> list[Any]:
         values = [lanes.exp2(passed[k // OWN] * rates[k]) for k in range(own)]
         return [value * alive[0] for value in values] if alive else values
 
     def tile(i: Any, carry: list[Any]) -> tuple[Any, list[Any]]:
-        start = at.first + (i if adjoint else tiles - 1 - i) * plan.tile
-        time = start + by.token
-        steps = _steps(lanes, plan, refs, by, lanes.unpack(_fetch(lanes, plan, at, by, refs.dt, time)), time)
+        start = work.first + (i if adjoint else tiles - 1 - i) * plan.tile
+        time = start + work.token
+        steps = work.steps(work.read(refs.dt, time), time)
         if adjoint:
-            values = _slopes(lanes, plan, at, by, refs, time)
+            values = work.slopes(time)
         else:
-            u = lanes.unpack(_fetch(lanes, plan, at, by, refs.u, time))
+            u = work.read(refs.u, time)
             values = [step * x for step, x in zip(steps, u, strict=True)]
-        _put_steps(lanes, plan, by, refs.step_rows, by.token, steps, values)
-        _put_tokens(lanes, plan, at, refs, start, plan.tile, "C" if adjoint else "B")
+        work.put_steps(work.token, steps, values)
+        work.put_tokens(start, plan.tile, "C" if adjoint else "B")
         lanes.barrier()
 
         def token(j: Any, carry: list[Any]) -> list[Any]:
             total, passed, alive = carry[:own], carry[own : own + plan.each], carry[own + plan.each :]
             t = j if adjoint else (plan.tile - 1) - j
-            steps, values = _step_at(lanes, plan, at, refs.step_rows, t)
-            row = lanes.load(refs.rows, (t, at.quarter * OWN), OWN)
+            steps, values = work.step_at(t)
+            row = lanes.load(refs.rows, (t, work.quarter * OWN), OWN)
             after = [a + b for a, b in zip(passed, steps, strict=True)]
-            still = _where_kept(lanes, _kept(lanes, refs, t), alive)
+            still = work.where_kept(work.kept(t), alive)
             weights = decays(after, still) if adjoint else decays(passed, alive)
             total = [lanes.fma(weights[k], values[k // OWN] * row[k % OWN], total[k]) for k in range(own)]
             return [*total, *after, *still]
@@ -316,10 +293,10 @@ def summary_program(adjoint: bool, plan: Plan, lanes: Lanes, refs: SimpleNamespa
         return functools.reduce(lanes.maximum, decays(carry[own : own + plan.each], carry[own + plan.each :])) > 0, carry
 
     # Sums, the time that has passed in each channel, and 1 until a segment ends.
-    start = [0.0] * (own + plan.each) + ([1.0] if hasattr(refs, "keep") else [])
+    start = [0.0] * (own + plan.each) + ([1.0] if work.has("keep") else [])
     carry = lanes.loop_while_any(lanes.smaller(tiles, needed), tile, start)
-    _keep_states(lanes, at, carry[:own], refs.increments, at.row, at.chunk)
-    _keep_states(lanes, at, decays(carry[own : own + plan.each], carry[own + plan.each :]), refs.decays, at.row, at.chunk)
+    work.keep_states(carry[:own], refs.increments, work.row, work.chunk)
+    work.keep_states(decays(carry[own : own + plan.each], carry[own + plan.each :]), refs.decays, work.row, work.chunk)
 
 
 def _unrolled(lanes: Lanes, count: int, body: Callable[[Any, list[Any]], list[Any]], carry: list[Any]) -> list[Any]:
@@ -334,58 +311,54 @@ def _unrolled(lanes: Lanes, count: int, body: Callable[[Any, list[Any]], list[An
 
 
 def forward_program(plan: Plan, lanes: Lanes, refs: SimpleNamespace) -> None:
-    at = _place(lanes, plan)
-    by = _strip(lanes, plan, at)
-    rates = _states(lanes, at, refs.A)
+    work = Work(plan, lanes, refs)
+    rates = work.states(refs.A)
     own = plan.each * OWN
-    streams = [getattr(refs, name) for name in ("u", "dt", "z") if hasattr(refs, name)]
+    streams = [getattr(refs, name) for name in ("u", "dt", "z") if work.has(name)]
 
     def fetch(start: Any) -> list[Any]:
-        return [piece for ref in streams for piece in _fetch(lanes, plan, at, by, ref, start + by.token)]
+        return [piece for ref in streams for piece in work.fetch(ref, start + work.token)]
 
     def tile(i: Any, carry: list[Any]) -> list[Any]:
         state, fetched = carry[:own], carry[own:]
-        start = at.first + i * plan.tile
-        time = start + by.token
+        start = work.first + i * plan.tile
+        time = start + work.token
         size = len(fetched) // len(streams)
         x, dt, *z = (lanes.unpack(fetched[k * size : (k + 1) * size]) for k in range(len(streams)))
-        steps = _steps(lanes, plan, refs, by, dt, time)
-        _put_steps(lanes, plan, by, refs.step_rows, by.token, steps, [step * a for step, a in zip(steps, x, strict=True)])
-        _put_tokens(lanes, plan, at, refs, start, plan.tile, "BC")
-        if hasattr(refs, "starts"):
-            _keep_states(lanes, at, state, refs.starts, at.row, start // START, where=start % START < 1)
+        steps = work.steps(dt, time)
+        work.put_steps(work.token, steps, [step * a for step, a in zip(steps, x, strict=True)])
+        work.put_tokens(start, plan.tile, "BC")
+        if work.has("starts"):
+            work.keep_states(state, refs.starts, work.row, start // START, where=start % START < 1)
         fetched = fetch(start + plan.tile)
         lanes.barrier()
 
         def token(t: Any, state: list[Any]) -> list[Any]:
-            steps, inputs = _step_at(lanes, plan, at, refs.step_rows, t)
-            B, C = _row_at(lanes, at, refs, t)
-            _, state = _advance(lanes, rates, steps, inputs, B, _kept(lanes, refs, t), state)
+            steps, inputs = work.step_at(t)
+            B, C = work.row_at(t)
+            _, state = work.advance(rates, steps, inputs, B, work.kept(t), state)
             shares = [_dot(lanes, state[c * OWN : (c + 1) * OWN], C) for c in range(plan.each)]
-            place = (
-                at.offset // plan.vector * (OWN * plan.vector + GAP) + at.offset % plan.vector * OWN + at.quarter * plan.each
-            )
-            lanes.store(refs.sum_rows, (t, place), shares)
+            lanes.store(refs.sum_rows, (t, work.sum_place), shares)
             return state
 
         state = _unrolled(lanes, plan.tile, token, state)
         lanes.barrier()
         y = []
         for k in range(0, plan.vector, plan.each):
-            shares = lanes.load(refs.sum_rows, (by.token, by.group * (OWN * plan.vector + GAP) + k * OWN), plan.each * OWN)
+            shares = lanes.load(refs.sum_rows, (work.token, work.group * (OWN * plan.vector + GAP) + k * OWN), plan.each * OWN)
             y += [functools.reduce(operator.add, shares[c :: plan.each]) for c in range(plan.each)]
-        if hasattr(refs, "D"):
-            skip = lanes.load(refs.D, (by.column,), plan.vector)
+        if work.has("D"):
+            skip = work.of_channels(refs.D)
             y = [lanes.fma(d, a, b) for d, a, b in zip(skip, x, y, strict=True)]
         if z:
             y = [a * (gate * _sigmoid(lanes, gate)) for a, gate in zip(y, z[0], strict=True)]
-        lanes.store(refs.y, (at.row, time, by.column), y, by.inside & (time < at.end))
+        lanes.store(refs.y, (work.row, time, work.column), y, work.column_inside & (time < work.end))
         return [*state, *fetched]
 
-    state = _entering(lanes, plan, at, refs, "state", reverse=False)
-    tiles = (at.end - at.first + (plan.tile - 1)) // plan.tile
-    state = lanes.loop(tiles, tile, [*state, *fetch(at.first)])[:own]
-    _keep_states(lanes, at, state, refs.final, at.row, where=at.chunk > plan.chunks - 2)
+    state = work.entering("state", reverse=False)
+    tiles = (work.end - work.first + (plan.tile - 1)) // plan.tile
+    state = lanes.loop(tiles, tile, [*state, *fetch(work.first)])[:own]
+    work.keep_states(state, refs.final, work.row, where=work.chunk > plan.chunks - 2)
 
 
 def _dot(lanes: Lanes, x: list[Any], y: list[Any]) -> Any:
@@ -396,38 +369,37 @@ def _dot(lanes: Lanes, x: list[Any], y: list[Any]) -> Any:
 
 
 def backward_program(plan: Plan, lanes: Lanes, refs: SimpleNamespace) -> None:
-    at = _place(lanes, plan)
-    by = _strip(lanes, plan, at)
-    rates = _states(lanes, at, refs.A)
+    work = Work(plan, lanes, refs)
+    rates = work.states(refs.A)
     lane, warp = lanes.thread % WARP, lanes.thread // WARP
     parts = START // PART
     private = warp * (WARP * 2 * OWN)
     """Where the warp's share of a row of `part_rows` begins."""
-    count = (at.end - at.first + (START - 1)) // START
+    count = (work.end - work.first + (START - 1)) // START
 
     def token(t: Any, state: list[Any]) -> tuple[list[Any], list[Any], Any]:
-        steps, x = _step_at(lanes, plan, at, refs.step_rows, t)
-        B = lanes.load(refs.rows, (t, at.quarter * 2 * OWN), OWN)
-        kept = _kept(lanes, refs, t)
+        steps, x = work.step_at(t)
+        B = lanes.load(refs.rows, (t, work.quarter * 2 * OWN), OWN)
+        kept = work.kept(t)
         inputs = [step * a for step, a in zip(steps, x, strict=True)]
-        return *_advance(lanes, rates, steps, inputs, B, kept, state), kept
+        return *work.advance(rates, steps, inputs, B, kept, state), kept
 
     def put_part(s: Any, state: list[Any]) -> None:
         for c in range(2):
             lanes.store(refs.part_rows, (s, private + c * WARP * OWN + lane * OWN), state[c * OWN : (c + 1) * OWN])
 
     def slope_at(t: Any) -> list[Any]:
-        return lanes.load(refs.slope_rows, (t, at.offset // plan.vector * (plan.vector + GAP) + at.offset % plan.vector), 2)
+        return lanes.load(refs.slope_rows, (t, work.slope_place), 2)
 
     def tile(i: Any, carry: list[Any]) -> list[Any]:
-        start = at.first + (count - 1 - i) * START
+        start = work.first + (count - 1 - i) * START
         for half in range(START // plan.tile):
-            row = by.token + half * plan.tile
+            row = work.token + half * plan.tile
             time = start + row
-            u, dt = (lanes.unpack(_fetch(lanes, plan, at, by, ref, time)) for ref in (refs.u, refs.dt))
-            _put_steps(lanes, plan, by, refs.step_rows, row, _steps(lanes, plan, refs, by, dt, time), u)
-            lanes.store(refs.slope_rows, (row, by.group * (plan.vector + GAP)), _slopes(lanes, plan, at, by, refs, time))
-        _put_tokens(lanes, plan, at, refs, start, START, "BC")
+            u, dt = (work.read(ref, time) for ref in (refs.u, refs.dt))
+            work.put_steps(row, work.steps(dt, time), u)
+            lanes.store(refs.slope_rows, (row, work.group * (plan.vector + GAP)), work.slopes(time))
+        work.put_tokens(start, START, "BC")
         lanes.barrier()
 
         def forward(s: Any, state: list[Any]) -> list[Any]:
@@ -436,7 +408,7 @@ def backward_program(plan: Plan, lanes: Lanes, refs: SimpleNamespace) -> None:
                 _, state, _ = token(s * PART + q, state)
             return state
 
-        put_part(parts - 1, lanes.loop(parts - 1, forward, _states(lanes, at, refs.starts, at.row, start // START)))
+        put_part(parts - 1, lanes.loop(parts - 1, forward, work.states(refs.starts, work.row, start // START)))
         carry = lanes.loop(parts, functools.partial(part, start), carry)
         lanes.barrier()
         t = lanes.thread // OWN
@@ -444,18 +416,18 @@ def backward_program(plan: Plan, lanes: Lanes, refs: SimpleNamespace) -> None:
         for w in range(WARPGROUP // WARP):
             place = w * (WARP * 2 * OWN) + t % PART * (2 * STATES) + lanes.thread % OWN * plan.vector
             total = [a + b for a, b in zip(lanes.load(refs.part_rows, (t // PART, place), plan.vector), total, strict=True)]
-        lanes.store(refs.dBC, (at.row, at.strip, start + t, lanes.thread % OWN * plan.vector), total, start + t < at.end)
+        lanes.store(refs.dBC, (work.row, work.strip, start + t, lanes.thread % OWN * plan.vector), total, start + t < work.end)
         return carry
 
     def part(start: Any, j: Any, carry: list[Any]) -> list[Any]:
         """The adjoint recurrence through PART tokens; each lane of four finishes one of them for its pair of channels."""
         g, dA, sums = carry[: 2 * OWN], carry[2 * OWN : 4 * OWN], carry[4 * OWN :]
         s = (parts - 1) - j
-        mine = s * PART + at.quarter
+        mine = s * PART + work.quarter
         time = start + mine
-        outer = (at.row, lanes.smaller(time, plan.length - 1), at.channel)
+        outer = (work.row, lanes.smaller(time, plan.length - 1), work.channel)
         dy = lanes.fetch(refs.dy, outer, 2)
-        z = lanes.fetch(refs.z, outer, 2) if hasattr(refs, "z") else None
+        z = lanes.fetch(refs.z, outer, 2) if work.has("z") else None
 
         state = [
             value
@@ -476,11 +448,11 @@ def backward_program(plan: Plan, lanes: Lanes, refs: SimpleNamespace) -> None:
             of_state: list[Any] = [[], []]
             for q in (low + 1, low):
                 t = s * PART + q
-                steps, x = _step_at(lanes, plan, at, refs.step_rows, t)
+                steps, x = work.step_at(t)
                 slopes = slope_at(t)
-                B, C = _row_at(lanes, at, refs, t)
+                B, C = work.row_at(t)
                 g = [lanes.fma(C[k % OWN], slopes[k // OWN], g[k]) for k in range(2 * OWN)]
-                through = _where_kept(lanes, kept[q], [g[k] * decays[q][k] for k in range(2 * OWN)])
+                through = work.where_kept(kept[q], [g[k] * decays[q][k] for k in range(2 * OWN)])
                 exponents = [through[k] * states[q][k] for k in range(2 * OWN)]
                 dA = [lanes.fma(exponents[k], steps[k // OWN], dA[k]) for k in range(2 * OWN)]
                 own = [slice(c * OWN, (c + 1) * OWN) for c in range(2)]
@@ -503,38 +475,38 @@ def backward_program(plan: Plan, lanes: Lanes, refs: SimpleNamespace) -> None:
         y, gB, d_exponent = _pairs(scatter_sum(lanes, by_channel, (2,)))
         lanes.warp_barrier()
         token_of_lane = lane // 8 % 2 * 2 + lane // 16
-        place = token_of_lane * (2 * STATES) + lane // OWN % 2 * STATES + at.quarter * OWN
+        place = token_of_lane * (2 * STATES) + lane // OWN % 2 * STATES + work.quarter * OWN
         lanes.store(refs.part_rows, (s, private + place), sums_by_state)
 
-        steps, x = _step_at(lanes, plan, at, refs.step_rows, mine)
+        steps, x = work.step_at(mine)
         slopes = slope_at(mine)
-        written = at.inside & (time < at.end)
-        skip = lanes.load(refs.D, (at.channel,), 2) if hasattr(refs, "D") else [0.0, 0.0]
+        written = work.inside & (time < work.end)
+        skip = lanes.load(refs.D, (work.channel,), 2) if work.has("D") else [0.0, 0.0]
         if z is not None:
             d_gate = []
             for c, (d, gate) in enumerate(zip(lanes.unpack(dy), lanes.unpack(z), strict=True)):
                 sigmoid = _sigmoid(lanes, gate)
                 d_gate.append(d * (y[c] + skip[c] * x[c]) * sigmoid * (1 + gate * (1 - sigmoid)))
-            lanes.store(refs.dz, (at.row, time, at.channel), d_gate, written)
+            lanes.store(refs.dz, (work.row, time, work.channel), d_gate, written)
         du = [lanes.fma(steps[c], gB[c], skip[c] * slopes[c]) for c in range(2)]
         d_step = [lanes.fma(x[c], gB[c], d_exponent[c] * (1 / LOG2E)) for c in range(2)]
         if plan.softplus:
             d_step = [d * _slope_of_softplus(lanes, step) for d, step in zip(d_step, steps, strict=True)]
-        lanes.store(refs.du, (at.row, time, at.channel), du, written)
-        lanes.store(refs.ddt, (at.row, time, at.channel), d_step, written)
-        d_step = [lanes.select(time < at.end, d, 0.0) for d in d_step]
+        lanes.store(refs.du, (work.row, time, work.channel), du, written)
+        lanes.store(refs.ddt, (work.row, time, work.channel), d_step, written)
+        d_step = [lanes.select(time < work.end, d, 0.0) for d in d_step]
         sums = [a + b for a, b in zip(sums, [*(p * a for p, a in zip(slopes, x, strict=True)), *d_step], strict=True)]
         return [*g, *dA, *sums]
 
-    g = _entering(lanes, plan, at, refs, "d_final", reverse=True)
+    g = work.entering("d_final", reverse=True)
     carry = lanes.loop(count, tile, [*g, *[0.0] * (2 * OWN + 4)])
     g, dA, sums = carry[: 2 * OWN], carry[2 * OWN : 4 * OWN], carry[4 * OWN :]
-    _keep_states(lanes, at, g, refs.d_state, at.row, where=at.chunk < 1)
-    _keep_states(lanes, at, dA, refs.dA, at.row, at.chunk)
+    work.keep_states(g, refs.d_state, work.row, where=work.chunk < 1)
+    work.keep_states(dA, refs.dA, work.row, work.chunk)
     for stride in (1, 2):
         sums = [value + lanes.exchange(value, stride) for value in sums]
-    lanes.store(refs.dD, (at.row, at.chunk, at.channel), sums[:2], at.inside & (at.quarter < 1))
-    lanes.store(refs.d_bias, (at.row, at.chunk, at.channel), sums[2:], at.inside & (at.quarter < 1))
+    lanes.store(refs.dD, (work.row, work.chunk, work.channel), sums[:2], work.inside & (work.quarter < 1))
+    lanes.store(refs.d_bias, (work.row, work.chunk, work.channel), sums[2:], work.inside & (work.quarter < 1))
 
 
 def _pairs(values: list[Any]) -> list[list[Any]]:
