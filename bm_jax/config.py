@@ -389,6 +389,10 @@ class Config:
             raise ConfigError(
                 f"model.moe.experts ({self.model.moe.experts}) must be a multiple of mesh.expert ({self.mesh.expert})"
             )
+        if self.data.sequence_length % self.mesh.sequence:
+            raise ConfigError(
+                f"data.sequence_length ({self.data.sequence_length}) must be a multiple of mesh.sequence ({self.mesh.sequence})"
+            )
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -11,9 +11,8 @@ from jax import Array
 from bm_jax.config import ModelConfig
 from bm_jax.initialization import Parameter, inverse_softplus_step, linear, log_state_index, ones
 from bm_jax.layers import Context, project, rms_norm
+from bm_jax.sequence_parallel import causal_conv, selective_scan
 from bm_jax.shapes import Hidden
-from pallas_kernels.causal_conv import causal_conv
-from pallas_kernels.selective_scan import selective_scan
 
 
 def mamba_parameters(config: ModelConfig) -> dict[str, Parameter]:

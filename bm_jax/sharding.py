@@ -115,18 +115,23 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(BATCH_AXES))
 
 
-def constrain(x: Array, *axes: str | None) -> Array:
-    """Pin the layout of an activation, one axis name ("batch" for the batch axes) or None a dimension.
+def layout(shape: tuple[int, ...], *axes: str | None) -> PartitionSpec:
+    """How an array is split over the current mesh, one axis name ("batch" for the batch axes) or None a dimension.
 
-    Does nothing outside a mesh, and leaves a dimension whole that its axes do not divide.
+    Leaves a dimension whole that its axes do not divide.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return x
 
     def entry(size: int, axis: str | None) -> Any:
         names = BATCH_AXES if axis == "batch" else axis
         parts = math.prod(mesh.shape[name] for name in ([names] if isinstance(names, str) else names or []))
         return names if size % parts == 0 else None
 
-    return jax.lax.with_sharding_constraint(x, P(*(entry(size, axis) for size, axis in zip(x.shape, axes, strict=True))))
+    return P(*(entry(size, axis) for size, axis in zip(shape, axes, strict=True)))
+
+
+def constrain(x: Array, *axes: str | None) -> Array:
+    """Pin the layout of an activation, as `layout` has it. Does nothing outside a mesh."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, layout(x.shape, *axes))

@@ -14,7 +14,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 MODEL_FILES = {
     f"bm_jax.{name}"
-    for name in ("shapes", "initialization", "layers", "mamba", "attention", "routing", "moe", "cache", "model", "sharding")
+    for name in ("shapes", "initialization", "layers", "mamba", "attention", "routing", "moe", "cache", "model", "sharding",
+                 "sequence_parallel")
 }  # fmt: skip
 
 
@@ -56,7 +57,9 @@ def within(name, *packages):
 def test_kernels_depend_on_jax_alone(name):
     for imported in imports(SOURCES[name]):
         top = imported.split(".")[0]
-        assert top in {"jax", "numpy", "pallas_kernels", "jax_triton", "triton"} | set(sys.stdlib_module_names), imported
+        assert top in {"jax", "jaxlib", "numpy", "pallas_kernels", "jax_triton", "triton"} | set(sys.stdlib_module_names), (
+            imported
+        )
 
 
 @pytest.mark.parametrize("name", sorted(MODEL_FILES))

@@ -46,9 +46,7 @@ def causal_conv_over(
         raise ValueError(f"causal_conv_over: segment_ids must have shape {x.shape[:2]}, got {segment_ids.shape}")
     if x.shape[1] > 0 and width > 1:  # `causal_conv` names what is wrong with the rest
         initial_state = _context(axis_name, x, width - 1, initial_state, segment_ids)
-    y, final = causal_conv(
-        x, weight, bias, initial_state=initial_state, segment_ids=segment_ids, implementation=implementation
-    )
+    y, final = causal_conv(x, weight, bias, initial_state=initial_state, segment_ids=segment_ids, implementation=implementation)
     return y, from_last(axis_name, final)
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from jax import Array
 
-from pallas_kernels.dispatch import Implementation, explain, resolve
+from pallas_kernels.dispatch import Call, Implementation, explain, resolve
 from pallas_kernels.selective_scan.pallas_gpu import refusal as pallas_gpu_refusal
 from pallas_kernels.selective_scan.pallas_gpu import selective_scan_gpu
+from pallas_kernels.selective_scan.pallas_tpu import refusal as pallas_tpu_refusal
+from pallas_kernels.selective_scan.pallas_tpu import selective_scan_tpu
 from pallas_kernels.selective_scan.reference import selective_scan_reference
 from pallas_kernels.selective_scan.shapes import check_arguments
 from pallas_kernels.selective_scan.xla import selective_scan_xla
@@ -14,11 +16,16 @@ from pallas_kernels.selective_scan.xla import selective_scan_xla
 SHORT = 32
 """Tokens from which a kernel is preferred to plain XLA."""
 
+
+def _is_long(call: Call) -> bool:
+    """A short call costs less than a kernel's start."""
+    u = call.arguments["u"]
+    return u is not None and u.shape[1] >= SHORT
+
+
 IMPLEMENTATIONS = {
-    # A short call costs less than the kernel's start.
-    "pallas_gpu": Implementation(
-        selective_scan_gpu, pallas_gpu_refusal, preferred=lambda call: call.arguments["u"].shape[1] >= SHORT
-    ),
+    "pallas_gpu": Implementation(selective_scan_gpu, pallas_gpu_refusal, preferred=_is_long),
+    "pallas_tpu": Implementation(selective_scan_tpu, pallas_tpu_refusal, preferred=_is_long),
     "xla": Implementation(selective_scan_xla),
     "reference": Implementation(selective_scan_reference),
 }

@@ -87,6 +87,7 @@ class Plan(NamedTuple):
 
 
 def plan_of(batch: int, length: int, channels: int, softplus: bool, each: int) -> Plan:
+    """The division by blocks whose lanes hold `each` channels, with time in chunks where there are too few of them."""
     whole = Plan(batch, length, channels, length, softplus, each, VECTORS[each])
     blocks = (LONG_BLOCKS if length >= LONG else BLOCKS)[each]
     chunks = max(1, min(blocks // whole.blocks, length // SPAN))
@@ -311,6 +312,7 @@ def _unrolled(lanes: Lanes, count: int, body: Callable[[Any, list[Any]], list[An
 
 
 def forward_program(plan: Plan, lanes: Lanes, refs: SimpleNamespace) -> None:
+    """y, the final state and, where asked for, the state at every START-th token."""
     work = Work(plan, lanes, refs)
     rates = work.states(refs.A)
     own = plan.each * OWN
@@ -369,6 +371,7 @@ def _dot(lanes: Lanes, x: list[Any], y: list[Any]) -> Any:
 
 
 def backward_program(plan: Plan, lanes: Lanes, refs: SimpleNamespace) -> None:
+    """Gradients of every input: of B and C a share for each strip, of what has no time a share for each chunk."""
     work = Work(plan, lanes, refs)
     rates = work.states(refs.A)
     lane, warp = lanes.thread % WARP, lanes.thread // WARP

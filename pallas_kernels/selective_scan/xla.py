@@ -16,13 +16,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from pallas_kernels.dispatch import target
 from pallas_kernels.selective_scan.shapes import accumulator_dtype
 
 CHUNK = 16
-"""Tokens of a chunk on CPUs, whose loop is sequential anyway."""
-PARALLEL_CHUNK = 128
-"""Tokens of a chunk on accelerators: as many as run in parallel and in memory at a time."""
 
 
 class Tokens(NamedTuple):
@@ -91,7 +87,7 @@ def _many_tokens(
     if segment_ids is not None:
         same = segment_ids[:, 1:] == segment_ids[:, :-1]
         keep = jnp.pad(same, ((0, 0), (1, 0)), constant_values=True).astype(x.dtype)
-    size = min(CHUNK if target().platform == "cpu" else PARALLEL_CHUNK, length)
+    size = min(CHUNK, length)
     tokens = jax.tree.map(lambda array: _split(array, size), Tokens(x, step, B, C, keep))
     y, state = _recurrence(tokens, A.T, state)
     return jnp.moveaxis(y.reshape(-1, batch, channels)[:length], 0, 1), state.swapaxes(1, 2)

@@ -14,6 +14,7 @@ from pallas_kernels.dispatch import Call, target
 from pallas_kernels.selective_scan import selective_scan, xla
 from pallas_kernels.selective_scan.api import IMPLEMENTATIONS
 from pallas_kernels.selective_scan.pallas_gpu import scan_gpu
+from pallas_kernels.selective_scan.pallas_tpu import scan_tpu
 
 NAMES = ("u", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_state")
 
@@ -95,8 +96,8 @@ def make(length, *, batch=2, channels=3, states=8, without=(), dt_shift=0.0, A_s
     }
 
 
-INTERPRETED = {"pallas_gpu, interpreted": scan_gpu(interpret=True)}
-"""The kernels, run by an interpreter that needs none of their hardware and reports races and what was never written."""
+INTERPRETED = {"pallas_gpu, interpreted": scan_gpu(interpret=True), "pallas_tpu, interpreted": scan_tpu(interpret=True)}
+"""The kernels, run by interpreters that need none of their hardware."""
 
 
 def function_of(form):

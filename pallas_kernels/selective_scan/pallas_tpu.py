@@ -1,0 +1,396 @@
+"""The selective scan in Pallas for TPUs, forward and backward.
+
+A program owns a block of channels of one batch row and walks over time in chunks; the state `[N, channels]`, channels along
+the lanes, stays in vector memory from chunk to chunk. Softplus, skip, gate and their gradients work on whole chunks before
+and after the recurrence. B and C come packed, eight tokens to a tile `[N, 8]`, so that a token's column is a static slice
+which the hardware broadcasts over the lanes.
+
+The forward kernel can keep the state at each chunk's start. The backward kernel takes the chunks in reverse, recomputes their
+states into vector memory, and runs the adjoint recurrence `g[t] = C[t] dy[t] + decay[t+1] g[t+1]`. Its sums over channels
+are written for each block of channels and added up outside, in a fixed order: two runs agree bit for bit.
+
+No TPU has run this: values are checked in interpret mode, and the kernels are compiled ahead of time for v5e, v6e, v5p and
+tpu7x (tests/kernels/test_pallas_tpu.py).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.dispatch import Call
+from pallas_kernels.selective_scan.fused import Inputs, differentiable, refuse_float64
+
+SUBLANES, LANES = 8, 128
+GROUP = SUBLANES
+"""Tokens whose B and C share a tile."""
+CHUNK = 128
+"""Tokens between two states that are kept."""
+CHANNELS = 512
+"""Channels of a block, where there are so many."""
+STATE_BYTES = 4 << 20
+"""Vector memory that the backward kernel gives to the states of a chunk."""
+
+
+def refusal(call: Call) -> str | None:
+    """Why this call cannot run here, or None."""
+    if call.target.platform != "tpu":
+        return f"it needs a TPU, this is {call.target.kind}"
+    A = call.arguments["A"]
+    states = 0 if A is None else A.shape[1]
+    if states > 64:
+        return f"N must be at most 64 for a chunk's states to fit vector memory, got {states}"
+    return refuse_float64(call)
+
+
+class Plan(NamedTuple):
+    """How the work of one call is divided."""
+
+    batch: int
+    length: int
+    channels: int
+    states: int
+    """A multiple of SUBLANES."""
+    chunk: int
+    block: int
+    softplus: bool
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        return self.batch, pl.cdiv(self.channels, self.block), pl.cdiv(self.length, self.chunk)
+
+    @property
+    def padded_length(self) -> int:
+        return self.grid[2] * self.chunk
+
+    @property
+    def padded_channels(self) -> int:
+        return self.grid[1] * self.block
+
+
+def _plan(inputs: Inputs, softplus: bool) -> Plan:
+    (batch, length, channels), states = inputs.u.shape, _up(inputs.A.shape[1], SUBLANES)
+    block = min(CHANNELS, _up(channels, LANES))
+    # Blocks of equal size waste fewer channels than full ones and a rest.
+    block = _up(math.ceil(channels / math.ceil(channels / block)), LANES)
+    rows = 2 * SUBLANES  # of a tile of bfloat16
+    chunk = min(CHUNK, STATE_BYTES // (4 * states * block) // rows * rows, _up(length, rows))
+    return Plan(batch, length, channels, states, chunk, block, softplus)
+
+
+def _up(size: int, multiple: int) -> int:
+    return math.ceil(size / multiple) * multiple
+
+
+def _pad(array: Array, sizes: dict[int, int], value: float = 0) -> Array:
+    """`array` with its axes lengthened to `sizes`."""
+    widths = [(0, sizes.get(axis, size) - size) for axis, size in enumerate(array.shape)]
+    return jnp.pad(array, widths, constant_values=value) if any(after for _, after in widths) else array
+
+
+def _pack(plan: Plan, array: Array) -> Array:
+    """`[batch, L, N]` to `[batch, L / GROUP, N, GROUP]` float32."""
+    array = _pad(array.astype(jnp.float32), {1: plan.padded_length, 2: plan.states})
+    return array.reshape(plan.batch, -1, GROUP, plan.states).swapaxes(2, 3)
+
+
+def _unpack(plan: Plan, tiles: Array) -> Array:
+    """The inverse of `_pack`, still padded."""
+    return tiles.swapaxes(2, 3).reshape(plan.batch, plan.padded_length, plan.states)
+
+
+def _arrays(plan: Plan, inputs: Inputs) -> dict[str, Array]:
+    """The kernels' inputs by name; absent ones are left out. Only the small ones are padded: see `_inside`."""
+    u, dt, A, B, C, D, z, dt_bias, state, segment_ids = inputs
+    f32, row = jnp.float32, {0: plan.padded_channels}
+    tiles = [_pack(plan, B), _pack(plan, C)]
+    if segment_ids is not None:
+        same = jnp.pad(segment_ids[:, 1:] == segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+        same = _pad(same.astype(f32), {1: plan.padded_length}, 1).reshape(plan.batch, -1, 1, GROUP)
+        tiles.append(jnp.broadcast_to(same, tiles[0].shape))
+    arrays = {"u": u, "dt": dt, "tiles": jnp.concatenate(tiles, axis=-1), "A": _pad(A.astype(f32), row | {1: plan.states}).T}
+    if z is not None:
+        arrays["z"] = z
+    for name, of_channels in (("dt_bias", dt_bias), ("D", D)):
+        if of_channels is not None:
+            arrays[name] = _pad(of_channels.astype(f32), row)[None]
+    if state is not None:
+        arrays["state"] = _lanes(plan, state)
+    return arrays
+
+
+def _lanes(plan: Plan, state: Array) -> Array:
+    """`[batch, E, N]` to `[batch, N, E]` float32, padded."""
+    return _pad(state.astype(jnp.float32), {1: plan.padded_channels, 2: plan.states}).swapaxes(1, 2)
+
+
+def _specs(plan: Plan, reverse: bool, packed: int) -> dict[str, pl.BlockSpec]:
+    """Blocks by array name; time runs backwards where `reverse`, and a tile of B, C and flags is `packed` wide."""
+    last = plan.grid[2] - 1
+
+    def spec(shape: tuple[int | None, ...], index: Callable) -> pl.BlockSpec:
+        return pl.BlockSpec(shape, lambda b, e, t: index(b, e, last - t if reverse else t))
+
+    groups, width = plan.chunk // GROUP, plan.states
+    wide = spec((None, plan.chunk, plan.block), lambda b, e, t: (b, t, e))
+    row = spec((1, plan.block), lambda b, e, t: (0, e))
+    state = spec((None, width, plan.block), lambda b, e, t: (b, 0, e))
+    return {
+        **dict.fromkeys(("u", "dt", "z", "dy", "y", "du", "ddt", "dz"), wide),
+        **dict.fromkeys(("D", "dt_bias"), row),
+        **dict.fromkeys(("state", "d_final", "final", "d_state", "dA"), state),
+        **dict.fromkeys(("dD", "d_bias"), spec((None, 1, plan.block), lambda b, e, t: (b, 0, e))),
+        "A": spec((width, plan.block), lambda b, e, t: (0, e)),
+        "starts": spec((None, None, width, plan.block), lambda b, e, t: (b, t, 0, e)),
+        "tiles": spec((None, groups, width, packed), lambda b, e, t: (b, t, 0, 0)),
+        "d_tiles": spec((None, None, groups, width, 2 * GROUP), lambda b, e, t: (b, e, t, 0, 0)),
+    }
+
+
+def _call(
+    body: Callable, plan: Plan, inputs: dict[str, Array], outputs: dict[str, jax.ShapeDtypeStruct],
+    scratch: dict[str, tuple[int, ...]], reverse: bool, interpret: Any,
+) -> dict[str, Array]:  # fmt: skip
+    """Run `body(plan, refs)`, where `refs` has the blocks of all arrays by name, over the plan's grid."""
+    names = [*inputs, *outputs, *scratch]
+    specs = _specs(plan, reverse, inputs["tiles"].shape[-1])
+    results = pl.pallas_call(
+        lambda *refs: body(plan, dict(zip(names, refs, strict=True))),
+        grid=plan.grid,
+        in_specs=[specs[name] for name in inputs],
+        out_specs=[specs[name] for name in outputs],
+        out_shape=list(outputs.values()),
+        scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch.values()],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+        interpret=interpret,
+        name=body.__name__.strip("_"),
+    )(*inputs.values())
+    return dict(zip(outputs, results, strict=True))
+
+
+def _softplus(x: Array) -> Array:
+    """log(1 + exp(x)), to float32's relative precision also where it is tiny."""
+    e = jnp.exp(-jnp.abs(x))
+    tail = jnp.where(e < 0.01, e * (1 - e * (0.5 - e * (1 / 3 - e * 0.25))), jnp.log(1 + e))
+    return jnp.maximum(x, 0) + tail
+
+
+def _sigmoid(x: Array) -> Array:
+    return 1 / (1 + jnp.exp(-x))
+
+
+def _inside(plan: Plan, values: Array, time: Array) -> Array:
+    """`values` `[chunk, block]` of chunk `time`, 0 outside the array: what the last blocks read there is undefined."""
+    if plan.length == plan.padded_length and plan.channels == plan.padded_channels:
+        return values
+    token = lax.broadcasted_iota(jnp.int32, values.shape, 0) + time * plan.chunk
+    channel = lax.broadcasted_iota(jnp.int32, values.shape, 1) + pl.program_id(1) * plan.block
+    return jnp.where((token < plan.length) & (channel < plan.channels), values, 0.0)
+
+
+def _wide(plan: Plan, ref: Any, time: Array) -> Array:
+    """The block of u, dt, z or dy in float32."""
+    return _inside(plan, ref[...].astype(jnp.float32), time)
+
+
+def _step(plan: Plan, refs: dict[str, Any], time: Array) -> tuple[Array, Array]:
+    """(dt with its bias, step size) of the chunk; step 0, which leaves the state as it is, outside the array."""
+    raw = _wide(plan, refs["dt"], time)
+    if "dt_bias" in refs:
+        raw = raw + refs["dt_bias"][...]
+    return raw, _inside(plan, _softplus(raw), time) if plan.softplus else _inside(plan, raw, time)
+
+
+def _column(tile: Array, j: int, which: int) -> Array:
+    """B (0), C (1) or the flag (2) of token j of a group: `[N, 1]`."""
+    place = which * GROUP + j
+    return tile[:, place : place + 1]
+
+
+def _forward_kernel(plan: Plan, refs: dict[str, Any]) -> None:
+    time = pl.program_id(2)
+    state_ref, step_ref, input_ref, y_ref = (refs[name] for name in ("carry", "step_rows", "input_rows", "y_rows"))
+
+    @pl.when(time == 0)
+    def start():
+        state_ref[...] = refs["state"][...] if "state" in refs else jnp.zeros(state_ref.shape, jnp.float32)
+
+    if "starts" in refs:
+        refs["starts"][...] = state_ref[...]
+    u = _wide(plan, refs["u"], time)
+    _, step = _step(plan, refs, time)
+    step_ref[...] = step
+    input_ref[...] = step * u
+    A = refs["A"][...]
+
+    def group(g: Array, h: Array) -> Array:
+        rows = pl.ds(pl.multiple_of(g * GROUP, GROUP), GROUP)
+        steps, inputs, tile = step_ref[rows, :], input_ref[rows, :], refs["tiles"][g]
+        outputs = []
+        for j in range(GROUP):
+            if tile.shape[1] > 2 * GROUP:
+                h = jnp.where(_column(tile, j, 2) > 0, h, 0.0)
+            h = jnp.exp(steps[j : j + 1] * A) * h + inputs[j : j + 1] * _column(tile, j, 0)
+            outputs.append(jnp.sum(h * _column(tile, j, 1), axis=0, keepdims=True))
+        y_ref[rows, :] = jnp.concatenate(outputs, axis=0)
+        return h
+
+    h = lax.fori_loop(0, plan.chunk // GROUP, group, state_ref[...])
+    state_ref[...] = h
+    refs["final"][...] = h
+    y = y_ref[...]
+    if "D" in refs:
+        y = y + refs["D"][...] * u
+    if "z" in refs:
+        z = _wide(plan, refs["z"], time)
+        y = y * (z * _sigmoid(z))
+    refs["y"][...] = y.astype(refs["y"].dtype)
+
+
+def _backward_kernel(plan: Plan, refs: dict[str, Any]) -> None:
+    time = pl.program_id(2)
+    here = plan.grid[2] - 1 - time
+    g_ref, dA_ref, step_ref, u_ref, slope_ref = (refs[name] for name in ("carry", "dA", "step_rows", "u_rows", "slope_rows"))
+    y_ref, gB_ref, exponent_ref, before_ref = (refs[name] for name in ("y_rows", "gB_rows", "exponent_rows", "before"))
+
+    @pl.when(time == 0)
+    def start():
+        g_ref[...] = refs["d_final"][...]
+        for name in ("dA", "dD", "d_bias"):
+            refs[name][...] = jnp.zeros_like(refs[name])
+
+    raw, step = _step(plan, refs, here)
+    u, dy = _wide(plan, refs["u"], here), _wide(plan, refs["dy"], here)
+    z = _wide(plan, refs["z"], here) if "z" in refs else None
+    slope = dy if z is None else dy * (z * _sigmoid(z))
+    step_ref[...], u_ref[...], slope_ref[...] = step, u, slope
+    A = refs["A"][...]
+    groups = plan.chunk // GROUP
+
+    def rows_of(g: Array) -> Any:
+        return pl.ds(pl.multiple_of(g * GROUP, GROUP), GROUP)
+
+    def recompute(g: Array, h: Array) -> Array:
+        """Keep the state before each token, 0 where a segment starts."""
+        steps, tile = step_ref[rows_of(g), :], refs["tiles"][g]
+        inputs = steps * u_ref[rows_of(g), :]
+        for j in range(GROUP):
+            if tile.shape[1] > 2 * GROUP:
+                h = jnp.where(_column(tile, j, 2) > 0, h, 0.0)
+            before_ref[g * GROUP + j] = h
+            h = jnp.exp(steps[j : j + 1] * A) * h + inputs[j : j + 1] * _column(tile, j, 0)
+        return h
+
+    lax.fori_loop(0, groups, recompute, refs["starts"][...])
+
+    def adjoint(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        adjoint_state, dA = carry
+        g = groups - 1 - i
+        steps, slopes, tile = step_ref[rows_of(g), :], slope_ref[rows_of(g), :], refs["tiles"][g]
+        inputs = steps * u_ref[rows_of(g), :]
+        rows: list[list[Array]] = [[], [], []]
+        columns: list[list[Array]] = [[], []]
+        for j in reversed(range(GROUP)):
+            s, x, p = steps[j : j + 1], inputs[j : j + 1], slopes[j : j + 1]
+            B, C = _column(tile, j, 0), _column(tile, j, 1)
+            before, decay = before_ref[g * GROUP + j], jnp.exp(s * A)
+            h = decay * before + x * B
+            adjoint_state = adjoint_state + C * p
+            through = adjoint_state * decay
+            exponent = through * before
+            dA = dA + exponent * s
+            for row, value in zip(rows, (h * C, adjoint_state * B, exponent * A), strict=True):
+                row.insert(0, jnp.sum(value, axis=0, keepdims=True))
+            for column, value in zip(columns, (adjoint_state * x, h * p), strict=True):
+                column.insert(0, jnp.sum(value, axis=1, keepdims=True))
+            adjoint_state = through
+            if tile.shape[1] > 2 * GROUP:
+                adjoint_state = jnp.where(_column(tile, j, 2) > 0, adjoint_state, 0.0)
+        for ref, row in zip((y_ref, gB_ref, exponent_ref), rows, strict=True):
+            ref[rows_of(g), :] = jnp.concatenate(row, axis=0)
+        refs["d_tiles"][g] = jnp.concatenate([*columns[0], *columns[1]], axis=1)
+        return adjoint_state, dA
+
+    g_ref[...], dA_ref[...] = lax.fori_loop(0, groups, adjoint, (g_ref[...], dA_ref[...]))
+    refs["d_state"][...] = g_ref[...]
+    y, gB = y_ref[...], gB_ref[...]
+    du = step * gB
+    if "D" in refs:
+        du, y = du + refs["D"][...] * slope, y + refs["D"][...] * u
+    if z is not None:
+        sigmoid = _sigmoid(z)
+        refs["dz"][...] = (dy * y * sigmoid * (1 + z * (1 - sigmoid))).astype(refs["dz"].dtype)
+    d_step = u * gB + exponent_ref[...]
+    if plan.softplus:
+        d_step = d_step * _sigmoid(raw)
+    d_step = _inside(plan, d_step, here)
+    refs["du"][...] = du.astype(refs["du"].dtype)
+    refs["ddt"][...] = d_step.astype(refs["ddt"].dtype)
+    refs["dD"][...] += jnp.sum(slope * u, axis=0, keepdims=True)
+    refs["d_bias"][...] += jnp.sum(d_step, axis=0, keepdims=True)
+
+
+def _forward(inputs: Inputs, dt_softplus: bool, keep: bool, interpret: Any) -> tuple[Array, Array, Array | None]:
+    channels, states = inputs.A.shape
+    plan = _plan(inputs, dt_softplus)
+    f32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    outputs: dict[str, jax.ShapeDtypeStruct] = {
+        "y": jax.ShapeDtypeStruct(inputs.u.shape, inputs.u.dtype),
+        "final": f32((plan.batch, plan.states, plan.padded_channels)),
+    }
+    if keep:
+        outputs["starts"] = f32((plan.batch, plan.grid[2], plan.states, plan.padded_channels))
+    rows = (plan.chunk, plan.block)
+    scratch = {"carry": (plan.states, plan.block), "step_rows": rows, "input_rows": rows, "y_rows": rows}
+    results = _call(_forward_kernel, plan, _arrays(plan, inputs), outputs, scratch, False, interpret)
+    final = results["final"].swapaxes(1, 2)[:, :channels, :states]
+    return results["y"], final, results.get("starts")
+
+
+def _backward(inputs: Inputs, starts: Array, dy: Array, d_final: Array, dt_softplus: bool, interpret: Any) -> Inputs:
+    (_, length, channels), states = inputs.u.shape, inputs.A.shape[1]
+    plan = _plan(inputs, dt_softplus)
+    arrays = _arrays(plan, inputs)
+    arrays.pop("state", None)
+    arrays |= {"dy": dy, "starts": starts, "d_final": _lanes(plan, d_final)}
+    f32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    outputs = {
+        "d" + name: jax.ShapeDtypeStruct(arrays[name].shape, arrays[name].dtype) for name in ("u", "dt", "z") if name in arrays
+    }
+    outputs |= dict.fromkeys(("dA", "d_state"), f32((plan.batch, plan.states, plan.padded_channels)))
+    outputs |= dict.fromkeys(("dD", "d_bias"), f32((plan.batch, 1, plan.padded_channels)))
+    outputs["d_tiles"] = f32((plan.batch, plan.grid[1], plan.padded_length // GROUP, plan.states, 2 * GROUP))
+    scratch = dict.fromkeys(
+        ("step_rows", "u_rows", "slope_rows", "y_rows", "gB_rows", "exponent_rows"), (plan.chunk, plan.block)
+    ) | {"carry": (plan.states, plan.block), "before": (plan.chunk, plan.states, plan.block)}
+    results = _call(_backward_kernel, plan, arrays, outputs, scratch, True, interpret)
+    d_tiles = jnp.sum(results["d_tiles"], axis=1)
+    dB, dC = (_unpack(plan, d_tiles[..., k : k + GROUP])[:, :length, :states] for k in (0, GROUP))
+    return Inputs(
+        u=results["du"],
+        dt=results["ddt"],
+        A=jnp.sum(results["dA"], axis=0).T[:channels, :states],
+        B=dB,
+        C=dC,
+        D=jnp.sum(results["dD"], axis=(0, 1))[:channels],
+        z=results.get("dz"),
+        dt_bias=jnp.sum(results["d_bias"], axis=(0, 1))[:channels],
+        initial_state=results["d_state"].swapaxes(1, 2)[:, :channels, :states],
+        segment_ids=None,
+    )
+
+
+def scan_tpu(interpret: Any = False) -> Callable:
+    """The scan by these kernels; `interpret` as in `pallas_call`, for tests."""
+    return differentiable(functools.partial(_forward, interpret=interpret), functools.partial(_backward, interpret=interpret))
+
+
+selective_scan_tpu = scan_tpu()
