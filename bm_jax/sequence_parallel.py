@@ -1,7 +1,8 @@
-"""Operators along time whose sequence the mesh splits: the only shard_map of the convolution and the scan.
+"""The operators along time on a mesh: the only shard_map of the convolution and the scan.
 
-Each function has the signature and the results of the operator of the same name, and is that operator wherever the
-current mesh has one device along `sequence`, or more than divide the sequence (a decoding step).
+Each function has the signature and the results of the operator of the same name. Where the mesh splits the sequence, its
+shards exchange what passes from one to the next; a sequence that its devices do not divide (a decoding step) stays whole.
+The scan runs in a shard_map on every mesh of several devices, as XLA cannot split a kernel by itself.
 """
 
 from __future__ import annotations
@@ -64,14 +65,17 @@ def selective_scan(
     arguments: dict[str, Any] = dict(
         u=u, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias, initial_state=initial_state, segment_ids=segment_ids
     )
-    if not splits(u.shape[1]):
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
         return scan_operator.selective_scan(**arguments)
-    batch, time, channels = layout(u.shape, "batch", AXIS, "tensor")
+    split = splits(u.shape[1])
+    function = partial(scan_operator.selective_scan_over, AXIS) if split else scan_operator.selective_scan
+    batch, time, channels = layout(u.shape, "batch", AXIS if split else None, "tensor")
     tokens, state = P(batch, time, channels), P(batch, channels, None)
     specs = dict.fromkeys(("u", "dt", "z"), tokens) | dict.fromkeys(("B", "C"), P(batch, time, None))
     specs |= dict.fromkeys(("D", "dt_bias"), P(channels))
     specs |= {"A": P(channels, None), "initial_state": state, "segment_ids": P(batch, time)}
-    return _map(partial(scan_operator.selective_scan_over, AXIS), arguments, specs, (tokens, state))
+    return _map(function, arguments, specs, (tokens, state))
 
 
 def splits(length: int) -> bool:

@@ -190,14 +190,11 @@ COLLECTIVE = re.compile(r"= \(?(.*?)\)? (all-gather|all-to-all|all-reduce|reduce
 
 
 @pytest.fixture
-def slice_of_sixteen():
-    """A mesh over a described v5e slice, every device along `sequence`."""
+def sixteen_devices():
+    """Those of a described v5e slice."""
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("needs libtpu: pip install 'blackmamba-jax[tpu-aot]'")
     from jax.experimental import topologies
-
-    from bm_jax.config import MeshConfig
-    from bm_jax.sharding import make_mesh
 
     settings = {
         "TPU_SKIP_MDS_QUERY": "1",
@@ -209,8 +206,14 @@ def slice_of_sixteen():
         for name, value in settings.items():
             if name not in os.environ:
                 environment.setenv(name, value)
-        devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4").devices
-        yield make_mesh(MeshConfig(data=1, sequence=16), devices)
+        yield topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4").devices
+
+
+def slice_mesh(devices, **axes):
+    from bm_jax.config import MeshConfig
+    from bm_jax.sharding import make_mesh
+
+    return make_mesh(MeshConfig(**axes), devices)
 
 
 def collectives(text):
@@ -222,8 +225,8 @@ def collectives(text):
             yield found[2], max(int(np.prod([int(size) for size in shape.split(",") if size])) for shape in shapes)
 
 
-def compile_stack(mesh, *, training):
-    """The compiled forward pass, or loss and gradients, of a Mamba over `MILLION` tokens."""
+def compile_stack(mesh, *, training, batch_size=1, length=MILLION):
+    """The compiled forward pass, or loss and gradients, of a Mamba."""
     from bm_jax.config import MambaConfig, ModelConfig
     from bm_jax.loss import next_token_loss
     from bm_jax.model import forward, init_parameters
@@ -234,7 +237,7 @@ def compile_stack(mesh, *, training):
     with jax.set_mesh(mesh):
         place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)  # noqa: E731
         parameters = jax.tree.map(place, shapes, parameter_shardings(shapes, mesh))
-        tokens = jax.ShapeDtypeStruct((1, MILLION + training), jnp.int32, sharding=batch_sharding(mesh))
+        tokens = jax.ShapeDtypeStruct((batch_size, length + training), jnp.int32, sharding=batch_sharding(mesh))
         if training:
             loss = lambda parameters, batch: next_token_loss(parameters, batch, config, training=True, remat="full")[0].nll  # noqa: E731
             batch = {"tokens": tokens, "segment_ids": tokens}
@@ -244,8 +247,9 @@ def compile_stack(mesh, *, training):
 
 
 @pytest.mark.slow
-def test_a_million_tokens_forward_on_sixteen_devices(slice_of_sixteen):
-    config, compiled = compile_stack(slice_of_sixteen, training=False)
+def test_a_million_tokens_forward_on_sixteen_devices(sixteen_devices):
+    config, compiled = compile_stack(slice_mesh(sixteen_devices, data=1, sequence=16), training=False)
+    assert "tpu_custom_call" in compiled.as_text()  # the kernel serves each shard
     (hidden,) = jax.tree.leaves(compiled.output_shardings)
     assert hidden.shard_shape((1, MILLION, config.width)) == (1, 65_536, config.width)
     check_traffic(config, compiled)
@@ -253,11 +257,21 @@ def test_a_million_tokens_forward_on_sixteen_devices(slice_of_sixteen):
 
 
 @pytest.mark.slow
-def test_a_million_tokens_of_training_fit_sixteen_devices(slice_of_sixteen):
+def test_a_million_tokens_of_training_fit_sixteen_devices(sixteen_devices):
     """Loss and every gradient."""
-    config, compiled = compile_stack(slice_of_sixteen, training=True)
+    config, compiled = compile_stack(slice_mesh(sixteen_devices, data=1, sequence=16), training=True)
     check_traffic(config, compiled)
     assert device_bytes(compiled) < 15.75 * 2**30  # what a v5e leaves to programs
+
+
+@pytest.mark.slow
+def test_batch_and_channels_split_without_gathering_the_batch(sixteen_devices):
+    """The kernel in a mesh that leaves the sequence whole: XLA alone refuses to split it."""
+    mesh = slice_mesh(sixteen_devices, data=4, fsdp=2, tensor=2)
+    config, compiled = compile_stack(mesh, training=True, batch_size=16, length=4096)
+    assert "tpu_custom_call" in compiled.as_text()
+    own_rows = 2 * 4096 * config.inner_width  # of a device's two sequences, its channels from both sides of `tensor`
+    assert max(size for kind, size in collectives(compiled.as_text()) if kind == "all-gather") <= own_rows
 
 
 def device_bytes(compiled):
