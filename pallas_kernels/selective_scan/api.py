@@ -11,6 +11,8 @@ from pallas_kernels.selective_scan.pallas_tpu import refusal as pallas_tpu_refus
 from pallas_kernels.selective_scan.pallas_tpu import selective_scan_tpu
 from pallas_kernels.selective_scan.reference import selective_scan_reference
 from pallas_kernels.selective_scan.shapes import check_arguments
+from pallas_kernels.selective_scan.triton_gpu import refusal as triton_gpu_refusal
+from pallas_kernels.selective_scan.triton_gpu import selective_scan_triton
 from pallas_kernels.selective_scan.xla import selective_scan_xla
 
 SHORT = 32
@@ -25,6 +27,7 @@ def _is_long(call: Call) -> bool:
 
 IMPLEMENTATIONS = {
     "pallas_gpu": Implementation(selective_scan_gpu, pallas_gpu_refusal, preferred=_is_long),
+    "triton_gpu": Implementation(selective_scan_triton, triton_gpu_refusal, preferred=_is_long),
     "pallas_tpu": Implementation(selective_scan_tpu, pallas_tpu_refusal, preferred=_is_long),
     "xla": Implementation(selective_scan_xla),
     "reference": Implementation(selective_scan_reference),

@@ -1,0 +1,278 @@
+"""The Triton kernels of `triton_gpu`, which says how they divide the work and what their arrays hold.
+
+A program of one warp works on a tile of states `[STATES, BLOCK]`, channels along the lanes. Arrays are read TILE tokens at a
+time, so that the loads of a tile are all under way before the recurrence needs the first.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _softplus(x):
+    """log(1 + exp(x)), to float32's relative precision also where it is tiny."""
+    e = tl.exp2(-tl.abs(x) * 1.4426950408889634)
+    series = e * (1 - e * (0.5 - e * (1 / 3 - e * 0.25)))
+    return tl.maximum(x, 0.0) + tl.where(e < 0.01, series, tl.log2(1 + e) * 0.6931471805599453)
+
+
+@triton.jit
+def _sigmoid(x):
+    return 1 / (1 + tl.exp2(x * -1.4426950408889634))
+
+
+@triton.jit
+def _inside(channel, t, LENGTH: tl.constexpr, CHANNELS: tl.constexpr):
+    """Which channels of token t lie in the array."""
+    return channel < tl.where(t < LENGTH, CHANNELS, 0)
+
+
+@triton.jit
+def _wide(array, offset, inside):
+    """One token's channels in float32, 0 outside the array."""
+    return tl.load(array + offset, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _entering(
+    enter, sums, increments, A, chunk, of_row, channel, states, known,
+    CHANNELS: tl.constexpr, STATES: tl.constexpr, CHUNKS: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """The state (in reverse, the adjoint) that enters a chunk of a row: what enters the row, carried through those before."""
+    of_states = STATES * CHANNELS
+    h = tl.load(enter + of_row * of_states + states, mask=known, other=0.0)
+    for k in range(CHUNKS - 1 - chunk if REVERSE else chunk):
+        c = of_row * CHUNKS + (CHUNKS - 1 - k if REVERSE else k)
+        total = tl.load(sums + c * CHANNELS + channel, mask=channel < CHANNELS, other=0.0)
+        decay = tl.where(total < float("inf"), tl.exp2(total * A), 0.0)
+        h = decay * h + tl.load(increments + c * of_states + states, mask=known, other=0.0)
+    return h
+
+
+@triton.jit
+def summary_kernel(
+    wide, gate, dt, rows, A, dt_bias, keep, sums, increments,
+    LENGTH: tl.constexpr, CHANNELS: tl.constexpr, STATES: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    TILE: tl.constexpr, SOFTPLUS: tl.constexpr, BIAS: tl.constexpr, GATE: tl.constexpr, KEEP: tl.constexpr,
+    CHUNKS: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """What each chunk adds to the state that leaves it, and the sum of its steps, infinite where a segment starts in it.
+
+    Forward, `wide` is u and `rows` B. In reverse, for the adjoint, they are dy and C, and time runs backwards.
+    """
+    chunk, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    channel, n = tl.multiple_of(tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), 1), tl.arange(0, STATES)
+    inside = channel < CHANNELS
+    states, known = n[:, None] * CHANNELS + channel[None, :], inside[None, :] & (n[:, None] < STATES)
+    A_tile = tl.load(A + states, mask=known, other=0.0)
+    bias = _wide(dt_bias, channel, inside) if BIAS else tl.zeros([BLOCK], tl.float32)
+    h, total = tl.zeros([STATES, BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    wide += row * LENGTH * CHANNELS
+    gate += row * LENGTH * CHANNELS
+    dt += row * LENGTH * CHANNELS
+    rows += row * CHUNKS * CHUNK * STATES
+    keep += row * CHUNKS * CHUNK
+    for k in range(CHUNK // TILE):
+        first = chunk * CHUNK + (CHUNK - TILE - k * TILE if REVERSE else k * TILE)
+        raws, values, gates = (), (), ()
+        for i in tl.static_range(TILE):
+            t = first + (TILE - 1 - i if REVERSE else i)
+            here = _inside(channel, t, LENGTH, CHANNELS)
+            raws = raws + (_wide(dt, t * CHANNELS + channel, here),)
+            values = values + (_wide(wide, t * CHANNELS + channel, here),)
+            if GATE:
+                gates = gates + (_wide(gate, t * CHANNELS + channel, here),)
+        for i in tl.static_range(TILE):
+            t = first + (TILE - 1 - i if REVERSE else i)
+            row_n = tl.load(rows + t * STATES + n)
+            step = _softplus(raws[i] + bias) if SOFTPLUS else raws[i] + bias
+            step = tl.where(t < LENGTH, step, 0.0)
+            total += step
+            decay = tl.exp2(step[None, :] * A_tile)
+            if REVERSE:
+                value = values[i] * gates[i] * _sigmoid(gates[i]) if GATE else values[i]
+                h = decay * (h + row_n[:, None] * value[None, :])
+                if KEEP:
+                    kept = tl.load(keep + t) > 0
+                    h = tl.where(kept, h, 0.0)
+                    total = tl.where(kept, total, float("inf"))
+            else:
+                if KEEP:
+                    kept = tl.load(keep + t) > 0
+                    h = tl.where(kept, h, 0.0)
+                    total = tl.where(kept, total, float("inf"))
+                h = decay * h + row_n[:, None] * (step * values[i])[None, :]
+    c = row * CHUNKS + chunk
+    tl.store(sums + c * CHANNELS + channel, total, mask=inside)
+    tl.store(increments + c * STATES * CHANNELS + states, h, mask=known)
+
+
+@triton.jit
+def forward_kernel(
+    u, dt, z, B, C, A, D, dt_bias, keep, enter, sums, increments, y, final, starts,
+    LENGTH: tl.constexpr, CHANNELS: tl.constexpr, STATES: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr, START: tl.constexpr, TILE: tl.constexpr, SOFTPLUS: tl.constexpr, BIAS: tl.constexpr,
+    GATE: tl.constexpr, SKIP: tl.constexpr, KEEP: tl.constexpr, STARTS: tl.constexpr,
+):  # fmt: skip
+    """y, the final state and, where STARTS, the state before every START-th token."""
+    chunk, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    channel, n = tl.multiple_of(tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), 1), tl.arange(0, STATES)
+    inside = channel < CHANNELS
+    states, known = n[:, None] * CHANNELS + channel[None, :], inside[None, :] & (n[:, None] < STATES)
+    A_tile = tl.load(A + states, mask=known, other=0.0)
+    bias = _wide(dt_bias, channel, inside) if BIAS else tl.zeros([BLOCK], tl.float32)
+    skip = _wide(D, channel, inside) if SKIP else tl.zeros([BLOCK], tl.float32)
+    h = _entering(enter, sums, increments, A_tile, chunk, row, channel, states, known, CHANNELS, STATES, CHUNKS, False)
+    u += row * LENGTH * CHANNELS
+    dt += row * LENGTH * CHANNELS
+    z += row * LENGTH * CHANNELS
+    y += row * LENGTH * CHANNELS
+    B += row * CHUNKS * CHUNK * STATES
+    C += row * CHUNKS * CHUNK * STATES
+    keep += row * CHUNKS * CHUNK
+    starts += row * tl.cdiv(LENGTH, START) * STATES * CHANNELS
+    for k in range(CHUNK // TILE):
+        first = chunk * CHUNK + k * TILE
+        if STARTS:
+            if first % START == 0 and first < LENGTH:
+                tl.store(starts + (first // START) * (STATES * CHANNELS) + states, h, mask=known)
+        us, raws, gates = (), (), ()
+        for i in tl.static_range(TILE):
+            here = _inside(channel, first + i, LENGTH, CHANNELS)
+            place = (first + i) * CHANNELS + channel
+            us, raws = us + (_wide(u, place, here),), raws + (_wide(dt, place, here),)
+            if GATE:
+                gates = gates + (_wide(z, place, here),)
+        for i in tl.static_range(TILE):
+            t = first + i
+            B_row = tl.load(B + t * STATES + n)
+            C_row = tl.load(C + t * STATES + n)
+            step = _softplus(raws[i] + bias) if SOFTPLUS else raws[i] + bias
+            step = tl.where(t < LENGTH, step, 0.0)
+            if KEEP:
+                h = tl.where(tl.load(keep + t) > 0, h, 0.0)
+            h = tl.exp2(step[None, :] * A_tile) * h + B_row[:, None] * (step * us[i])[None, :]
+            out = tl.sum(h * C_row[:, None], axis=0)
+            if SKIP:
+                out += skip * us[i]
+            if GATE:
+                out *= gates[i] * _sigmoid(gates[i])
+            tl.store(y + t * CHANNELS + channel, out.to(y.dtype.element_ty), mask=_inside(channel, t, LENGTH, CHANNELS))
+    if chunk == CHUNKS - 1:
+        tl.store(final + row * STATES * CHANNELS + states, h, mask=known)
+
+
+@triton.jit
+def backward_kernel(
+    u, dt, z, dy, B, C, A, D, dt_bias, keep, enter, sums, increments, starts,
+    du, ddt, dz, d_rows, dA, dD, d_bias, d_state,
+    LENGTH: tl.constexpr, CHANNELS: tl.constexpr, STATES: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr, START: tl.constexpr, TILE: tl.constexpr, STRIPS: tl.constexpr, SOFTPLUS: tl.constexpr,
+    BIAS: tl.constexpr, GATE: tl.constexpr, SKIP: tl.constexpr, KEEP: tl.constexpr,
+):  # fmt: skip
+    """All gradients. The sums over channels, of dB and dC, add up over STRIPS strips in `d_rows`, one after the other."""
+    group, chunk, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    n = tl.arange(0, STATES)
+    c = row * CHUNKS + chunk
+    u += row * LENGTH * CHANNELS
+    dt += row * LENGTH * CHANNELS
+    z += row * LENGTH * CHANNELS
+    dy += row * LENGTH * CHANNELS
+    du += row * LENGTH * CHANNELS
+    ddt += row * LENGTH * CHANNELS
+    dz += row * LENGTH * CHANNELS
+    B += row * CHUNKS * CHUNK * STATES
+    C += row * CHUNKS * CHUNK * STATES
+    keep += row * CHUNKS * CHUNK
+    starts += row * tl.cdiv(LENGTH, START) * STATES * CHANNELS
+    d_rows += (row * tl.num_programs(0) + group) * CHUNKS * CHUNK * 2 * STATES
+    for strip in range(STRIPS):
+        channel = tl.multiple_of((group * STRIPS + strip) * BLOCK + tl.arange(0, BLOCK), 1)
+        inside = channel < CHANNELS
+        states, known = n[:, None] * CHANNELS + channel[None, :], inside[None, :] & (n[:, None] < STATES)
+        A_tile = tl.load(A + states, mask=known, other=0.0)
+        bias = _wide(dt_bias, channel, inside) if BIAS else tl.zeros([BLOCK], tl.float32)
+        skip = _wide(D, channel, inside) if SKIP else tl.zeros([BLOCK], tl.float32)
+        g = _entering(enter, sums, increments, A_tile, chunk, row, channel, states, known, CHANNELS, STATES, CHUNKS, True)
+        A_sum = tl.zeros([STATES, BLOCK], tl.float32)
+        D_sum, bias_sum = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+        for k in range(CHUNK // TILE):
+            first = chunk * CHUNK + CHUNK - TILE - k * TILE
+            if first < LENGTH:
+                kept = first // START
+                h = tl.load(starts + kept * (STATES * CHANNELS) + states, mask=known, other=0.0)
+                for k_before in range((first - kept * START) // TILE):
+                    before = kept * START + k_before * TILE
+                    us, raws = (), ()
+                    for i in tl.static_range(TILE):
+                        place = (before + i) * CHANNELS + channel
+                        us, raws = us + (_wide(u, place, inside),), raws + (_wide(dt, place, inside) + bias,)
+                    for i in tl.static_range(TILE):
+                        B_row = tl.load(B + (before + i) * STATES + n)
+                        step = _softplus(raws[i]) if SOFTPLUS else raws[i]
+                        if KEEP:
+                            h = tl.where(tl.load(keep + before + i) > 0, h, 0.0)
+                        h = tl.exp2(step[None, :] * A_tile) * h + B_row[:, None] * (step * us[i])[None, :]
+                us, raws, steps, gates, slopes, befores = (), (), (), (), (), ()
+                for i in tl.static_range(TILE):
+                    here = _inside(channel, first + i, LENGTH, CHANNELS)
+                    place = (first + i) * CHANNELS + channel
+                    us, raws = us + (_wide(u, place, here),), raws + (_wide(dt, place, here) + bias,)
+                    slopes = slopes + (_wide(dy, place, here),)
+                    if GATE:
+                        gates = gates + (_wide(z, place, here),)
+                for i in tl.static_range(TILE):
+                    t = first + i
+                    step = _softplus(raws[i]) if SOFTPLUS else raws[i]
+                    steps = steps + (tl.where(t < LENGTH, step, 0.0),)
+                    if KEEP:
+                        h = tl.where(tl.load(keep + t) > 0, h, 0.0)
+                    befores = befores + (h,)
+                    if i < TILE - 1:
+                        B_row = tl.load(B + t * STATES + n)
+                        h = tl.exp2(steps[i][None, :] * A_tile) * h + B_row[:, None] * (steps[i] * us[i])[None, :]
+                for i in tl.static_range(TILE - 1, -1, -1):
+                    t = first + i
+                    B_row = tl.load(B + t * STATES + n)
+                    C_row = tl.load(C + t * STATES + n)
+                    decay = tl.exp2(steps[i][None, :] * A_tile)
+                    x = steps[i] * us[i]
+                    h = decay * befores[i] + B_row[:, None] * x[None, :]
+                    slope = slopes[i]
+                    here, place = _inside(channel, t, LENGTH, CHANNELS), t * CHANNELS + channel
+                    if GATE:
+                        sigmoid = _sigmoid(gates[i])
+                        plain = tl.sum(h * C_row[:, None], axis=0) + skip * us[i]
+                        d_gate = slope * plain * sigmoid * (1 + gates[i] * (1 - sigmoid))
+                        tl.store(dz + place, d_gate.to(dz.dtype.element_ty), mask=here)
+                        slope = slope * gates[i] * sigmoid
+                    g += C_row[:, None] * slope[None, :]
+                    B_sum, C_sum = tl.sum(g * x[None, :], axis=1), tl.sum(h * slope[None, :], axis=1)
+                    through = g * decay
+                    exponent = through * befores[i]
+                    A_sum += exponent * steps[i][None, :]
+                    g_B = tl.sum(g * B_row[:, None], axis=0)
+                    d_step = us[i] * g_B + tl.sum(exponent * A_tile, axis=0) * 0.6931471805599453
+                    d_raw = d_step * _sigmoid(raws[i]) if SOFTPLUS else d_step
+                    d_raw = tl.where(t < LENGTH, d_raw, 0.0)
+                    bias_sum += d_raw
+                    D_sum += slope * us[i]
+                    tl.store(du + place, (steps[i] * g_B + skip * slope).to(du.dtype.element_ty), mask=here)
+                    tl.store(ddt + place, d_raw.to(ddt.dtype.element_ty), mask=here)
+                    sum_place = d_rows + t * (2 * STATES) + n
+                    if strip > 0:
+                        B_sum += tl.load(sum_place)
+                        C_sum += tl.load(sum_place + STATES)
+                    tl.store(sum_place, B_sum)
+                    tl.store(sum_place + STATES, C_sum)
+                    g = through
+                    if KEEP:
+                        g = tl.where(tl.load(keep + t) > 0, g, 0.0)
+        tl.debug_barrier()  # the next strip adds to what other lanes stored
+        tl.store(dA + c * STATES * CHANNELS + states, A_sum, mask=known)
+        tl.store(dD + c * CHANNELS + channel, D_sum, mask=inside)
+        tl.store(d_bias + c * CHANNELS + channel, bias_sum, mask=inside)
+        if chunk == 0:
+            tl.store(d_state + row * STATES * CHANNELS + states, g, mask=known)
