@@ -52,7 +52,9 @@ class Lanes(Protocol):
     def exp2(self, x: Any) -> Any: ...
     def log2(self, x: Any) -> Any: ...
     def reciprocal(self, x: Any) -> Any: ...
+    def magnitude(self, x: Any) -> Any: ...
     def maximum(self, x: Any, y: Any) -> Any: ...
+    def minimum(self, x: Any, y: Any) -> Any: ...
     def fma(self, x: Any, y: Any, z: Any) -> Any:
         """x * y + z."""
         ...
@@ -184,14 +186,15 @@ class _NumpyLanes:
             np.bitwise_or.at(written if writes else reads, full, bit)
         return full
 
-    def fetch(self, ref: np.ndarray, index: Sequence[Any], width: int) -> list[np.ndarray]:
+    def fetch(self, ref: np.ndarray, index: Sequence[Any], width: int) -> list[list[np.ndarray]]:
         *leading, last = index
-        return [ref[self._access(ref, (*leading, last + k), None, False)].astype(np.float32) for k in range(width)]
+        return [[ref[self._access(ref, (*leading, last + k), None, False)].astype(np.float32) for k in range(width)]]
 
-    def unpack(self, fetched: list[np.ndarray]) -> list[np.ndarray]:
-        return fetched
+    def unpack(self, fetched: list[list[np.ndarray]]) -> list[np.ndarray]:
+        return [value for piece in fetched for value in piece]
 
-    load = fetch
+    def load(self, ref: np.ndarray, index: Sequence[Any], width: int) -> list[np.ndarray]:
+        return self.unpack(self.fetch(ref, index, width))
 
     def store(self, ref: np.ndarray, index: Sequence[Any], values: Sequence[Any], where: Any = None) -> None:
         *leading, last = index
@@ -208,8 +211,14 @@ class _NumpyLanes:
     def reciprocal(self, x: Any) -> Any:
         return np.float32(1) / x
 
+    def magnitude(self, x: Any) -> Any:
+        return np.abs(x)
+
     def maximum(self, x: Any, y: Any) -> Any:
         return np.maximum(x, np.float32(y))
+
+    def minimum(self, x: Any, y: Any) -> Any:
+        return np.minimum(x, np.float32(y))
 
     def fma(self, x: Any, y: Any, z: Any) -> Any:
         return np.float32(x) * y + z

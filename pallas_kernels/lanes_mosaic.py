@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, gpu, llvm, nvvm, scf, vector
+from jaxlib.mlir.dialects import arith, gpu, llvm, math, nvvm, scf, vector
 
 WARPGROUP = 128
 VECTOR_BYTES = 16
@@ -157,6 +157,14 @@ class MosaicLanes:
         numbers = []
         for piece in fetched:
             size = ir.VectorType(piece.type).shape[0]
+            if ir.VectorType(piece.type).element_type == ir.BF16Type.get() and size % 2 == 0:
+                # A bfloat16 is the upper half of a float32: two instructions for two of them.
+                words = vector.bitcast(ir.VectorType.get((size // 2,), self._i32), piece)
+                for k in range(size // 2):
+                    word = vector.extract(words, [], [k])
+                    halves = arith.shli(word, utils.c(16, self._i32)), arith.andi(word, utils.c(-(1 << 16), self._i32))
+                    numbers += [Number(arith.bitcast(self._f32, half)) for half in halves]
+                continue
             if ir.VectorType(piece.type).element_type != self._f32:
                 piece = arith.extf(ir.VectorType.get((size,), self._f32), piece)
             numbers += [Number(vector.extract(piece, [], [k])) for k in range(size)]
@@ -189,8 +197,14 @@ class MosaicLanes:
     def reciprocal(self, x: Any) -> Number:
         return self._instruction("rcp.approx.ftz.f32", x)
 
+    def magnitude(self, x: Any) -> Number:
+        return Number(math.absf(self._number(x).value))
+
     def maximum(self, x: Any, y: Any) -> Number:
         return Number(arith.maximumf(self._number(x).value, self._number(y).value))
+
+    def minimum(self, x: Any, y: Any) -> Number:
+        return Number(arith.minimumf(self._number(x).value, self._number(y).value))
 
     def fma(self, x: Any, y: Any, z: Any) -> Number:
         return self._number(x) * y + z

@@ -30,15 +30,16 @@ from pallas_kernels.lanes import ceil_div, launch
 from pallas_kernels.selective_scan.fused import Inputs, differentiable, refuse_float64
 from pallas_kernels.selective_scan.pallas_gpu_lanes import (
     ALIGNED,
-    LOG2E,
+    PAIR,
     START,
     STATES,
+    TILE,
     TOGETHER,
     Plan,
     backward_program,
     forward_program,
     plan_forward,
-    plan_of,
+    plan_split,
     shared_arrays,
     summary_program,
 )
@@ -73,14 +74,20 @@ def _arrays(inputs: Inputs) -> tuple[dict[str, Array], list[dict[str, Array]]]:
         array = _pad(array, array.ndim - 1, STATES)
         return jnp.split(array, array.shape[-1] // STATES, axis=-1)
 
-    A = split(_pad(inputs.A.astype(f32) * LOG2E, 0, ALIGNED))
-    groups = [{"A": a, "B": b, "C": c} for a, b, c in zip(A, split(inputs.B), split(inputs.C), strict=True)]
+    A = split(_pad(inputs.A.astype(f32), 0, ALIGNED))
+    groups = [{"A": a, "BC": _pairs(b, c)} for a, b, c in zip(A, split(inputs.B), split(inputs.C), strict=True)]
     if inputs.initial_state is not None:
         for group, state in zip(groups, split(_pad(inputs.initial_state.astype(f32), 1, ALIGNED)), strict=True):
             group["state"] = state
     if inputs.D is not None:
         groups[0]["D"] = _pad(inputs.D.astype(f32), 0, ALIGNED)
     return shared, groups
+
+
+def _pairs(B: Array, C: Array) -> Array:
+    """B and C `[batch, L, STATES]` as one float32 array `[batch, L, 2 * STATES]`, in turns of PAIR."""
+    both = [x.astype(jnp.float32).reshape(*x.shape[:2], -1, PAIR) for x in (B, C)]
+    return jnp.stack(both, axis=3).reshape(*B.shape[:2], 2 * STATES)
 
 
 def _total(arrays: list[Array]) -> Array:
@@ -111,9 +118,9 @@ def _summaries(plan: Plan, arrays: dict[str, Array], adjoint: bool, interpret: b
     if plan.chunks == 1:
         return {}
     kind = jax.ShapeDtypeStruct((plan.batch, plan.chunks, plan.channels, STATES), jnp.float32)
-    inputs = _pick(arrays, "dt z dy C A dt_bias keep" if adjoint else "dt u B A dt_bias keep")
+    inputs = _pick(arrays, "dt z dy BC A dt_bias keep" if adjoint else "dt u BC A dt_bias keep")
     outputs = {"increments": kind, "decays": kind}
-    return _run(functools.partial(summary_program, adjoint), plan, inputs, outputs, plan.tile, "step_rows rows", interpret)
+    return _run(functools.partial(summary_program, adjoint), plan, inputs, outputs, TILE, "step_rows rows", interpret)
 
 
 def _forward(inputs: Inputs, dt_softplus: bool, keep_starts: bool, interpret: bool) -> tuple[Array, Array, list[Array] | None]:
@@ -130,8 +137,8 @@ def _forward(inputs: Inputs, dt_softplus: bool, keep_starts: bool, interpret: bo
     results, rows = [], "step_rows rows sum_rows"
     for group in groups:
         arrays = shared | group | _summaries(plan, shared | group, False, interpret)
-        arrays = _pick(arrays, "u dt z B C A D dt_bias keep state decays increments")
-        results.append(_run(forward_program, plan, arrays, outputs, plan.tile, rows, interpret))
+        arrays = _pick(arrays, "u dt z BC A D dt_bias keep state decays increments")
+        results.append(_run(forward_program, plan, arrays, outputs, TILE, rows, interpret))
     y = _total([result["y"] for result in results])[:, :, :width].astype(inputs.u.dtype)
     final = jnp.concatenate([result["final"] for result in results], axis=-1)[:, :width, :states]
     return y, final, [result["starts"] for result in results] if keep_starts else None
@@ -140,7 +147,7 @@ def _forward(inputs: Inputs, dt_softplus: bool, keep_starts: bool, interpret: bo
 def _backward(inputs: Inputs, starts: list[Array], dy: Array, d_final: Array, dt_softplus: bool, interpret: bool) -> Inputs:
     (batch, length, width), states = inputs.u.shape, inputs.A.shape[1]
     shared, groups = _arrays(inputs)
-    plan = plan_of(batch, length, shared["u"].shape[2], dt_softplus, 2)
+    plan = plan_split(batch, length, shared["u"].shape[2], dt_softplus)
     shared["dy"] = _pad(dy, 2, ALIGNED)
     d_final = _pad(_pad(d_final, 1, ALIGNED), 2, STATES)
     one = len(groups) == 1
@@ -158,7 +165,7 @@ def _backward(inputs: Inputs, starts: list[Array], dy: Array, d_final: Array, dt
     for k, group in enumerate(groups):
         arrays = shared | group | {"starts": starts[k], "d_final": d_final[..., k * STATES : (k + 1) * STATES]}
         arrays |= _summaries(plan, arrays, True, interpret)
-        names = "u dt z dy B C A D dt_bias keep starts d_final decays increments"
+        names = "u dt z dy BC A D dt_bias keep starts d_final decays increments"
         results.append(_run(backward_program, plan, _pick(arrays, names), outputs, START, rows, interpret, TOGETHER))
 
     def total(name: str) -> Array:

@@ -21,29 +21,37 @@ from pallas_kernels.lanes import WARP, WARPGROUP, Lanes, ceil_div, scatter_sum
 LOG2E = math.log2(math.e)
 STATES = 16
 """States of one scan."""
+EACH = 2
+"""Channels that a lane holds states of."""
 OWN = 4
-"""States of a channel that one lane holds."""
+"""States of a channel that one lane of the backward kernel holds, and lanes that share a channel there."""
 START = 32
 """Tokens between two states that are kept for the backward pass."""
 PART = 4
 """Tokens whose states the backward kernel holds in registers."""
-UNROLL = 4
-"""Tokens of the forward recurrence between two branches."""
+TILE = 16
+"""Tokens that the lanes of a block bring to shared memory together."""
+AHEAD = 2
+"""Tokens that the forward recurrence reads before it stores what those before them give."""
+UNDERFLOW = -150.0
+"""2 to this power is 0 in float32."""
 ALIGNED = 8
 """What channels are padded to a multiple of."""
+PAIR = 2
+"""States whose B lie together in a row, followed by their C."""
 GAP = 4
 """Words left free in shared memory after each group of channels, so that lanes which meet there meet different banks."""
 
 # Found by measuring, on a GPU with 132 processors.
-VECTORS = {1: 4, 2: 8}
-"""Channels that a lane takes where states play no part, by the channels whose states it holds."""
-BLOCKS = {1: 7 * 132, 2: 3 * 132}
-LONG, LONG_BLOCKS = 4096, {1: 10 * 132, 2: 9 * 132}
-"""Blocks that keep the GPU busy, likewise: time is split until there are so many; the second from LONG tokens on."""
+UNROLL = {4: 4, 2: 16}
+"""Tokens of the forward recurrence between two branches, by the states of a channel that a lane holds."""
+WIDE, NARROW = 330, 231
+"""Blocks from which time stays whole: of lanes with four states of two channels, which read least, or else with two."""
+BLOCKS, LONG_BLOCKS = 3 * 132, 9 * 132
+"""Time is split until there are so many blocks; the second from LONG tokens on."""
+LONG = 4096
 SPAN = 128
 """Fewest tokens of a chunk of time."""
-MANY = 6 * 132
-"""Blocks from which the forward kernel's lanes hold two channels each: they read B and C once for both."""
 TOGETHER = 3
 """Blocks of the backward kernel that start together, to cap its registers so that three fit a processor."""
 
@@ -58,20 +66,22 @@ class Plan(NamedTuple):
     span: int
     """Tokens of a chunk, a multiple of START."""
     softplus: bool
-    each: int
-    """Channels that a lane holds states of, 1 or 2."""
-    vector: int
-    """Channels that a lane takes where states play no part."""
+    own: int
+    """States of a channel that a lane holds."""
+    @property
+    def share(self) -> int:
+        """Lanes that hold the states of one channel."""
+        return STATES // self.own
+
+    @property
+    def vector(self) -> int:
+        """Channels that a lane takes where states play no part: a strip's through TILE tokens make one share a lane."""
+        return self.own * EACH
 
     @property
     def strip(self) -> int:
         """Channels of a block."""
-        return WARPGROUP // OWN * self.each
-
-    @property
-    def tile(self) -> int:
-        """Tokens of a strip's channels that the block's lanes take, `vector` channels each."""
-        return WARPGROUP * self.vector // self.strip
+        return WARPGROUP // self.share * EACH
 
     @property
     def chunks(self) -> int:
@@ -86,25 +96,40 @@ class Plan(NamedTuple):
         return self.batch * self.strips * self.chunks
 
 
-def plan_of(batch: int, length: int, channels: int, softplus: bool, each: int) -> Plan:
-    """The division by blocks whose lanes hold `each` channels, with time in chunks where there are too few of them."""
-    whole = Plan(batch, length, channels, length, softplus, each, VECTORS[each])
-    blocks = (LONG_BLOCKS if length >= LONG else BLOCKS)[each]
-    chunks = max(1, min(blocks // whole.blocks, length // SPAN))
+def plan_split(batch: int, length: int, channels: int, softplus: bool) -> Plan:
+    """The division by lanes with four states of two channels, with time in chunks where that gives too few blocks."""
+    whole = Plan(batch, length, channels, length, softplus, own=4)
+    chunks = max(1, min((LONG_BLOCKS if length >= LONG else BLOCKS) // whole.blocks, length // SPAN))
     return whole._replace(span=ceil_div(ceil_div(length, chunks), START) * START)
 
 
+FORCE = None
+
+
 def plan_forward(batch: int, length: int, channels: int, softplus: bool) -> Plan:
-    """Two channels a lane, which save reading B and C, where even so there are enough blocks."""
-    plan = plan_of(batch, length, channels, softplus, 2)
-    return plan if batch * plan.strips >= MANY else plan_of(batch, length, channels, softplus, 1)
+    """Smaller strips of channels rather than chunks of time, which cost a pass more, where they give blocks enough."""
+    if FORCE:
+        own, chunks = FORCE
+        return Plan(batch, length, channels, ceil_div(ceil_div(length, chunks), START) * START, softplus, own)
+    wide, narrow = (Plan(batch, length, channels, length, softplus, own) for own in (4, 2))
+    if wide.blocks >= WIDE:
+        return wide
+    return narrow if narrow.blocks >= NARROW else plan_split(batch, length, channels, softplus)
+
+
+LOG1P = (
+    0.99999994, -0.49999493, 0.33319098, -0.24842982, 0.19106008, -0.13663246, 0.07822595, -0.029505229, 0.0052326908
+)  # fmt: skip
+"""log(1 + e) / e for e from 0 to 1, by powers of e: within 3e-8, least squares weighted until the errors were even."""
 
 
 def _softplus(lanes: Lanes, x: Any) -> Any:
     """log(1 + exp(x)), to float32's relative precision also where it is tiny."""
-    e = lanes.exp2(lanes.maximum(x, -x) * -LOG2E)
-    series = e * (1 - e * (0.5 - e * (1 / 3 - e * 0.25)))
-    return lanes.maximum(x, 0.0) + lanes.select(e < 0.01, series, lanes.log2(e + 1) * (1 / LOG2E))
+    e = lanes.exp2(lanes.magnitude(x) * -LOG2E)
+    series = LOG1P[-1]
+    for coefficient in LOG1P[-2::-1]:
+        series = lanes.fma(e, series, coefficient)
+    return lanes.fma(e, series, lanes.maximum(x, 0.0))
 
 
 def _slope_of_softplus(lanes: Lanes, step: Any) -> Any:
@@ -113,16 +138,22 @@ def _slope_of_softplus(lanes: Lanes, step: Any) -> Any:
     return lanes.select(step < 0.05, series, 1 - lanes.exp2(step * -LOG2E))
 
 
-def _sigmoid(lanes: Lanes, x: Any) -> Any:
-    return lanes.reciprocal(1 + lanes.exp2(x * -LOG2E))
+def _sigmoids(lanes: Lanes, values: list[Any]) -> list[Any]:
+    """1 / (1 + exp(-x)), at least 2**-63: two share a reciprocal, which is slow, and the product must not overflow."""
+    below = [1 + lanes.exp2(lanes.minimum(x * -LOG2E, 63.0)) for x in values]
+    results = []
+    for pair in (below[k : k + 2] for k in range(0, len(below), 2)):
+        inverse = lanes.reciprocal(functools.reduce(operator.mul, pair))
+        results += [inverse * pair[1], inverse * pair[0]] if len(pair) == 2 else [inverse]
+    return results
 
 
 class Work:
     """What one lane works on, in the two divisions of a strip, and the steps that the programs have in common.
 
-    For the recurrence it owns `each` channels from `channel` on and a `quarter` of their states. Where states play no part
-    it takes `vector` channels, from `column` on, of one token of a tile. A lane whose channels the strip leaves outside the
-    array reads others in their place and writes nothing.
+    For the recurrence it owns `each` channels from `channel` on and the states of its `part`, `own` of them. Where states
+    play no part it takes `vector` channels, from `column` on, of one token of a tile. A lane whose channels the strip leaves
+    outside the array reads others in their place and writes nothing.
     """
 
     def __init__(self, plan: Plan, lanes: Lanes, refs: SimpleNamespace):
@@ -134,13 +165,13 @@ class Work:
         self.end = lanes.smaller(self.first + plan.span, plan.length)
         """One past the last token of the chunk."""
 
-        self.quarter = lanes.thread % OWN
-        offset = lanes.thread // OWN * plan.each
+        self.part = lanes.thread % plan.share
+        offset = lanes.thread // plan.share * EACH
         channel = self.strip * plan.strip + offset
-        self.channel, self.inside = lanes.smaller(channel, plan.channels - plan.each), channel < plan.channels
+        self.channel, self.inside = lanes.smaller(channel, plan.channels - EACH), channel < plan.channels
         group, place = offset // plan.vector, offset % plan.vector
         self.step_place = group * (2 * plan.vector + GAP) + place * 2
-        self.sum_place = group * (OWN * plan.vector + GAP) + place * OWN + self.quarter * plan.each
+        self.sum_place = group * (plan.share * plan.vector + GAP) + place * plan.share + self.part * EACH
         self.slope_place = group * (plan.vector + GAP) + place
         """Places of the first channel in the rows of shared memory."""
 
@@ -155,18 +186,23 @@ class Work:
 
     def states(self, ref: Any, *leading: Any) -> list[Any]:
         """The lane's states, channel by channel, from `ref[*leading, channels, STATES]`."""
-        places = [(*leading, self.channel + c, self.quarter * OWN) for c in range(self.plan.each)]
-        return [value for place in places for value in self.lanes.load(ref, place, OWN)]
+        own = self.plan.own
+        places = [(*leading, self.channel + c, self.part * own) for c in range(EACH)]
+        return [value for place in places for value in self.lanes.load(ref, place, own)]
+
+    def rates(self) -> list[Any]:
+        """A of the lane's states, for powers of two."""
+        return [a * LOG2E for a in self.states(self.refs.A)]
 
     def keep_states(self, values: list[Any], ref: Any, *leading: Any, where: Any = None) -> None:
-        where = self.inside if where is None else where & self.inside
-        for c in range(self.plan.each):
-            self.lanes.store(ref, (*leading, self.channel + c, self.quarter * OWN), values[c * OWN : (c + 1) * OWN], where)
+        where, own = self.inside if where is None else where & self.inside, self.plan.own
+        for c in range(EACH):
+            self.lanes.store(ref, (*leading, self.channel + c, self.part * own), values[c * own : (c + 1) * own], where)
 
     def entering(self, edge: str, reverse: bool) -> list[Any]:
         """The state (or its gradient, in reverse) that enters the chunk: that at the edge, through the chunks between."""
         lanes, refs, last = self.lanes, self.refs, self.plan.chunks - 1
-        state = self.states(getattr(refs, edge), self.row) if self.has(edge) else [0.0] * (self.plan.each * OWN)
+        state = self.states(getattr(refs, edge), self.row) if self.has(edge) else [0.0] * (EACH * self.plan.own)
         if last == 0:
             return state
 
@@ -188,51 +224,68 @@ class Work:
         """The lane's `vector` channels of `ref[channels]`."""
         return self.lanes.load(ref, (self.column,), self.plan.vector)
 
+    @functools.cached_property
+    def bias(self) -> list[Any] | None:
+        return self.of_channels(self.refs.dt_bias) if self.has("dt_bias") else None
+
+    def step(self, dt: Any, c: int) -> Any:
+        """The step size of the lane's channel c."""
+        x = dt if self.bias is None else dt + self.bias[c]
+        return _softplus(self.lanes, x) if self.plan.softplus else x
+
     def steps(self, dt: list[Any], time: Any) -> list[Any]:
         """Step sizes of one token, 0 outside the array: there the state stays as it is and takes nothing in."""
-        if self.has("dt_bias"):
-            dt = [a + b for a, b in zip(dt, self.of_channels(self.refs.dt_bias), strict=True)]
-        steps = [_softplus(self.lanes, x) for x in dt] if self.plan.softplus else dt
+        steps = [self.step(x, c) for c, x in enumerate(dt)]
         return [self.lanes.select(self.column_inside & (time < self.plan.length), step, 0.0) for step in steps]
 
     def slopes(self, time: Any) -> list[Any]:
         """Gradients of the output before the gate, of one token, 0 outside the array."""
         dy = self.read(self.refs.dy, time)
         if self.has("z"):
-            dy = [d * x * _sigmoid(self.lanes, x) for d, x in zip(dy, self.read(self.refs.z, time), strict=True)]
+            z = self.read(self.refs.z, time)
+            dy = [d * x * s for d, x, s in zip(dy, z, _sigmoids(self.lanes, z), strict=True)]
         return [self.lanes.select(self.column_inside & (time < self.plan.length), d, 0.0) for d in dy]
 
     def put_steps(self, token: Any, steps: list[Any], values: list[Any]) -> None:
         both = [x for pair in zip(steps, values, strict=True) for x in pair]
         self.lanes.store(self.refs.step_rows, (token, self.group * (2 * self.plan.vector + GAP)), both)
 
-    def put_tokens(self, first: Any, tokens: int, names: str) -> None:
-        """Bring the rows of B or C or both, and the flags of `keep`, of `tokens` tokens from `first` on to shared memory."""
-        lanes, refs, last = self.lanes, self.refs, self.plan.length - 1
-        half = tokens * OWN
-        lane = lanes.thread % half
-        time = lanes.smaller(first + lane // OWN, last)
-        # Where half the lanes are enough, each half takes one array.
-        takers = [None, None] if half == WARPGROUP else [lanes.thread < half, lanes.thread > half - 1]
-        for k, name in enumerate(names):
-            values = lanes.load(getattr(refs, name), (self.row, time, lane % OWN * OWN), OWN)
-            lanes.store(refs.rows, (lane // OWN, (lane % OWN * len(names) + k) * OWN), values, takers[k])
+    def fetch_tokens(self, first: Any, tokens: int) -> list[Any]:
+        """The lane's part of the rows of B and C, and of the flags of `keep`, of `tokens` tokens from `first` on."""
+        lanes, last = self.lanes, self.plan.length - 1
+        fetched = []
+        for place in self._places(tokens):
+            time = lanes.smaller(first + place // (STATES // 2), last)
+            fetched.append(lanes.fetch(self.refs.BC, (self.row, time, place % (STATES // 2) * 4), 4)[0])
         if self.has("keep"):
             lane = lanes.thread % tokens
-            flag = lanes.load(refs.keep, (self.row, lanes.smaller(first + lane, last)), 1)[0]
+            flag = lanes.load(self.refs.keep, (self.row, lanes.smaller(first + lane, last)), 1)[0]
             # The steps past the last token are 0 and must leave the state as it is.
-            flag = lanes.select(first + lane < last + 1, flag, 1.0)
-            lanes.store(refs.keep_rows, (lane,), [flag], lanes.thread < tokens)
+            fetched.append(lanes.select(first + lane < last + 1, flag, 1.0))
+        return fetched
+
+    def put_tokens(self, fetched: list[Any], tokens: int) -> None:
+        """Bring what `fetch_tokens` gave to shared memory."""
+        lanes, places = self.lanes, self._places(tokens)
+        for place, piece in zip(places, fetched, strict=False):
+            lanes.store(self.refs.rows, (place // (STATES // 2), place % (STATES // 2) * 4), lanes.unpack([piece]))
+        if self.has("keep"):
+            lanes.store(self.refs.keep_rows, (lanes.thread % tokens,), [fetched[-1]], lanes.thread < tokens)
+
+    def _places(self, tokens: int) -> list[Any]:
+        """The lane's four neighbours, counted in fours, of each turn that the block needs for the rows of `tokens` tokens."""
+        return [self.lanes.thread + k * WARPGROUP for k in range(tokens * 2 * STATES // (4 * WARPGROUP))]
 
     def step_at(self, token: Any) -> tuple[list[Any], list[Any]]:
         """(steps, values) of the lane's channels, as `put_steps` left them."""
-        both = self.lanes.load(self.refs.step_rows, (token, self.step_place), 2 * self.plan.each)
+        both = self.lanes.load(self.refs.step_rows, (token, self.step_place), 2 * EACH)
         return both[::2], both[1::2]
 
     def row_at(self, token: Any) -> tuple[list[Any], list[Any]]:
         """The token's B and C, of the lane's states."""
-        both = self.lanes.load(self.refs.rows, (token, self.quarter * 2 * OWN), 2 * OWN)
-        return both[:OWN], both[OWN:]
+        own = self.plan.own
+        both = self.lanes.load(self.refs.rows, (token, self.part * 2 * own), 2 * own)
+        return tuple([both[k] for k in range(2 * own) if k // PAIR % 2 == which] for which in (0, 1))
 
     def kept(self, token: Any) -> Any:
         """Whether the state survives into `token`, or None where all do."""
@@ -245,9 +298,10 @@ class Work:
         self, rates: list[Any], steps: list[Any], inputs: list[Any], row: list[Any], kept: Any, state: list[Any]
     ) -> tuple[list[Any], list[Any]]:
         """The lane's decays and next state, from each channel's step and step * x, and the token's B."""
-        decays = [self.lanes.exp2(steps[k // OWN] * rate) for k, rate in enumerate(rates)]
+        own = self.plan.own
+        decays = [self.lanes.exp2(steps[k // own] * rate) for k, rate in enumerate(rates)]
         state = self.where_kept(kept, state)
-        return decays, [self.lanes.fma(decays[k], h, inputs[k // OWN] * row[k % OWN]) for k, h in enumerate(state)]
+        return decays, [self.lanes.fma(decays[k], h, inputs[k // own] * row[k % own]) for k, h in enumerate(state)]
 
 
 def summary_program(adjoint: bool, plan: Plan, lanes: Lanes, refs: SimpleNamespace) -> None:
@@ -256,19 +310,20 @@ def summary_program(adjoint: bool, plan: Plan, lanes: Lanes, refs: SimpleNamespa
     The state leaves at the last token and the walk is from there to the first; the adjoint state leaves at the first.
     """
     work = Work(plan, lanes, refs)
-    rates = work.states(refs.A)
-    own = plan.each * OWN
-    tiles = (work.end - work.first + (plan.tile - 1)) // plan.tile
+    rates = work.rates()
+    own, all = plan.own, EACH * plan.own
+    tiles = (work.end - work.first + (TILE - 1)) // TILE
     # The last chunk in walking order of the states hands nothing on.
-    needed = (work.chunk if adjoint else (plan.chunks - 1) - work.chunk) * (plan.span // plan.tile)
+    needed = (work.chunk if adjoint else (plan.chunks - 1) - work.chunk) * (plan.span // TILE)
 
     def decays(passed: list[Any], alive: list[Any]) -> list[Any]:
-        values = [lanes.exp2(passed[k // OWN] * rates[k]) for k in range(own)]
+        values = [lanes.exp2(passed[k // own] * rates[k]) for k in range(all)]
         return [value * alive[0] for value in values] if alive else values
 
     def tile(i: Any, carry: list[Any]) -> tuple[Any, list[Any]]:
-        start = work.first + (i if adjoint else tiles - 1 - i) * plan.tile
+        start = work.first + (i if adjoint else tiles - 1 - i) * TILE
         time = start + work.token
+        fetched = work.fetch_tokens(start, TILE)
         steps = work.steps(work.read(refs.dt, time), time)
         if adjoint:
             values = work.slopes(time)
@@ -276,90 +331,98 @@ def summary_program(adjoint: bool, plan: Plan, lanes: Lanes, refs: SimpleNamespa
             u = work.read(refs.u, time)
             values = [step * x for step, x in zip(steps, u, strict=True)]
         work.put_steps(work.token, steps, values)
-        work.put_tokens(start, plan.tile, "C" if adjoint else "B")
+        work.put_tokens(fetched, TILE)
         lanes.barrier()
 
         def token(j: Any, carry: list[Any]) -> list[Any]:
-            total, passed, alive = carry[:own], carry[own : own + plan.each], carry[own + plan.each :]
-            t = j if adjoint else (plan.tile - 1) - j
+            total, passed, alive = carry[:all], carry[all : all + EACH], carry[all + EACH :]
+            t = j if adjoint else (TILE - 1) - j
             steps, values = work.step_at(t)
-            row = lanes.load(refs.rows, (t, work.quarter * OWN), OWN)
+            row = work.row_at(t)[adjoint]
             after = [a + b for a, b in zip(passed, steps, strict=True)]
             still = work.where_kept(work.kept(t), alive)
             weights = decays(after, still) if adjoint else decays(passed, alive)
-            total = [lanes.fma(weights[k], values[k // OWN] * row[k % OWN], total[k]) for k in range(own)]
+            total = [lanes.fma(weights[k], values[k // own] * row[k % own], total[k]) for k in range(all)]
             return [*total, *after, *still]
 
-        carry = _unrolled(lanes, plan.tile, token, carry)
-        return functools.reduce(lanes.maximum, decays(carry[own : own + plan.each], carry[own + plan.each :])) > 0, carry
+        for j in range(TILE):
+            carry = token(j, carry)
+        passed, alive = carry[all : all + EACH], carry[all + EACH :]
+        slowest = functools.reduce(lanes.maximum, [passed[k // own] * rates[k] for k in range(all)])
+        more = slowest > UNDERFLOW
+        return more & (alive[0] > 0) if alive else more, carry
 
     # Sums, the time that has passed in each channel, and 1 until a segment ends.
-    start = [0.0] * (own + plan.each) + ([1.0] if work.has("keep") else [])
+    start = [0.0] * (all + EACH) + ([1.0] if work.has("keep") else [])
     carry = lanes.loop_while_any(lanes.smaller(tiles, needed), tile, start)
-    work.keep_states(carry[:own], refs.increments, work.row, work.chunk)
-    work.keep_states(decays(carry[own : own + plan.each], carry[own + plan.each :]), refs.decays, work.row, work.chunk)
-
-
-def _unrolled(lanes: Lanes, count: int, body: Callable[[Any, list[Any]], list[Any]], carry: list[Any]) -> list[Any]:
-    """A loop of `count` turns, UNROLL of them at a time."""
-
-    def several(k: Any, carry: list[Any]) -> list[Any]:
-        for q in range(UNROLL):
-            carry = body(k * UNROLL + q, carry)
-        return carry
-
-    return lanes.loop(count // UNROLL, several, carry)
+    work.keep_states(carry[:all], refs.increments, work.row, work.chunk)
+    work.keep_states(decays(carry[all : all + EACH], carry[all + EACH :]), refs.decays, work.row, work.chunk)
 
 
 def forward_program(plan: Plan, lanes: Lanes, refs: SimpleNamespace) -> None:
     """y, the final state and, where asked for, the state at every START-th token."""
     work = Work(plan, lanes, refs)
-    rates = work.states(refs.A)
-    own = plan.each * OWN
+    own, all = plan.own, EACH * plan.own
+    rates = work.rates()
+    unroll = UNROLL[own]
     streams = [getattr(refs, name) for name in ("u", "dt", "z") if work.has(name)]
+    skip = work.of_channels(refs.D) if work.has("D") else None
 
-    def fetch(start: Any) -> list[Any]:
-        return [piece for ref in streams for piece in work.fetch(ref, start + work.token)]
+    def fetch(start: Any) -> list[list[Any]]:
+        return [*(work.fetch(ref, start + work.token) for ref in streams), work.fetch_tokens(start, TILE)]
+
+    sizes = [len(part) for part in fetch(work.first)]
+
+    def split(values: list[Any]) -> list[list[Any]]:
+        ends = [sum(sizes[: k + 1]) for k in range(len(sizes))]
+        return [values[end - size : end] for size, end in zip(sizes, ends, strict=True)]
 
     def tile(i: Any, carry: list[Any]) -> list[Any]:
-        state, fetched = carry[:own], carry[own:]
-        start = work.first + i * plan.tile
+        state, (*fetched, tokens) = carry[:all], split(carry[all:])
+        start = work.first + i * TILE
         time = start + work.token
-        size = len(fetched) // len(streams)
-        x, dt, *z = (lanes.unpack(fetched[k * size : (k + 1) * size]) for k in range(len(streams)))
+        u, dt, *z = map(lanes.unpack, fetched)
         steps = work.steps(dt, time)
-        work.put_steps(work.token, steps, [step * a for step, a in zip(steps, x, strict=True)])
-        work.put_tokens(start, plan.tile, "BC")
+        work.put_steps(work.token, steps, [step * x for step, x in zip(steps, u, strict=True)])
+        work.put_tokens(tokens, TILE)
         if work.has("starts"):
             work.keep_states(state, refs.starts, work.row, start // START, where=start % START < 1)
-        fetched = fetch(start + plan.tile)
+        ahead = fetch(start + TILE)
         lanes.barrier()
 
-        def token(t: Any, state: list[Any]) -> list[Any]:
-            steps, inputs = work.step_at(t)
-            B, C = work.row_at(t)
-            _, state = work.advance(rates, steps, inputs, B, work.kept(t), state)
-            shares = [_dot(lanes, state[c * OWN : (c + 1) * OWN], C) for c in range(plan.each)]
-            lanes.store(refs.sum_rows, (t, work.sum_place), shares)
+        def several(k: Any, state: list[Any]) -> list[Any]:
+            def read(first: int) -> list[Any]:
+                tokens = [k * unroll + (first + q) for q in range(AHEAD)]
+                return [(t, *work.step_at(t), *work.row_at(t), work.kept(t)) for t in tokens]
+
+            later = read(0)
+            for first in range(0, unroll, AHEAD):
+                now, later = later, read(first + AHEAD) if first + AHEAD < unroll else []
+                sums = []
+                for t, steps, inputs, B, C, kept in now:
+                    _, state = work.advance(rates, steps, inputs, B, kept, state)
+                    sums.append((t, [_dot(lanes, state[c * own : (c + 1) * own], C) for c in range(EACH)]))
+                for t, of_channels in sums:
+                    lanes.store(refs.sum_rows, (t, work.sum_place), of_channels)
             return state
 
-        state = _unrolled(lanes, plan.tile, token, state)
+        state = several(0, state) if unroll == TILE else lanes.loop(TILE // unroll, several, state)
         lanes.barrier()
         y = []
-        for k in range(0, plan.vector, plan.each):
-            shares = lanes.load(refs.sum_rows, (work.token, work.group * (OWN * plan.vector + GAP) + k * OWN), plan.each * OWN)
-            y += [functools.reduce(operator.add, shares[c :: plan.each]) for c in range(plan.each)]
-        if work.has("D"):
-            skip = work.of_channels(refs.D)
-            y = [lanes.fma(d, a, b) for d, a, b in zip(skip, x, y, strict=True)]
+        for k in range(0, plan.vector, EACH):
+            place = work.group * (plan.share * plan.vector + GAP) + k * plan.share
+            shares = lanes.load(refs.sum_rows, (work.token, place), EACH * plan.share)
+            y += [functools.reduce(operator.add, shares[c :: EACH]) for c in range(EACH)]
+        if skip is not None:
+            y = [lanes.fma(d, x, a) for d, x, a in zip(skip, u, y, strict=True)]
         if z:
-            y = [a * (gate * _sigmoid(lanes, gate)) for a, gate in zip(y, z[0], strict=True)]
+            y = [a * (gate * s) for a, gate, s in zip(y, z[0], _sigmoids(lanes, z[0]), strict=True)]
         lanes.store(refs.y, (work.row, time, work.column), y, work.column_inside & (time < work.end))
-        return [*state, *fetched]
+        return [*state, *sum(ahead, [])]
 
     state = work.entering("state", reverse=False)
-    tiles = (work.end - work.first + (plan.tile - 1)) // plan.tile
-    state = lanes.loop(tiles, tile, [*state, *fetch(work.first)])[:own]
+    tiles = (work.end - work.first + (TILE - 1)) // TILE
+    state = lanes.loop(tiles, tile, [*state, *sum(fetch(work.first), [])])[:all]
     work.keep_states(state, refs.final, work.row, where=work.chunk > plan.chunks - 2)
 
 
@@ -373,7 +436,7 @@ def _dot(lanes: Lanes, x: list[Any], y: list[Any]) -> Any:
 def backward_program(plan: Plan, lanes: Lanes, refs: SimpleNamespace) -> None:
     """Gradients of every input: of B and C a share for each strip, of what has no time a share for each chunk."""
     work = Work(plan, lanes, refs)
-    rates = work.states(refs.A)
+    rates = work.rates()
     lane, warp = lanes.thread % WARP, lanes.thread // WARP
     parts = START // PART
     private = warp * (WARP * 2 * OWN)
@@ -382,7 +445,7 @@ def backward_program(plan: Plan, lanes: Lanes, refs: SimpleNamespace) -> None:
 
     def token(t: Any, state: list[Any]) -> tuple[list[Any], list[Any], Any]:
         steps, x = work.step_at(t)
-        B = lanes.load(refs.rows, (t, work.quarter * 2 * OWN), OWN)
+        B, _ = work.row_at(t)
         kept = work.kept(t)
         inputs = [step * a for step, a in zip(steps, x, strict=True)]
         return *work.advance(rates, steps, inputs, B, kept, state), kept
@@ -396,13 +459,13 @@ def backward_program(plan: Plan, lanes: Lanes, refs: SimpleNamespace) -> None:
 
     def tile(i: Any, carry: list[Any]) -> list[Any]:
         start = work.first + (count - 1 - i) * START
-        for half in range(START // plan.tile):
-            row = work.token + half * plan.tile
+        for half in range(START // TILE):
+            row = work.token + half * TILE
             time = start + row
             u, dt = (work.read(ref, time) for ref in (refs.u, refs.dt))
             work.put_steps(row, work.steps(dt, time), u)
             lanes.store(refs.slope_rows, (row, work.group * (plan.vector + GAP)), work.slopes(time))
-        work.put_tokens(start, START, "BC")
+        work.put_tokens(work.fetch_tokens(start, START), START)
         lanes.barrier()
 
         def forward(s: Any, state: list[Any]) -> list[Any]:
@@ -426,7 +489,7 @@ def backward_program(plan: Plan, lanes: Lanes, refs: SimpleNamespace) -> None:
         """The adjoint recurrence through PART tokens; each lane of four finishes one of them for its pair of channels."""
         g, dA, sums = carry[: 2 * OWN], carry[2 * OWN : 4 * OWN], carry[4 * OWN :]
         s = (parts - 1) - j
-        mine = s * PART + work.quarter
+        mine = s * PART + work.part
         time = start + mine
         outer = (work.row, lanes.smaller(time, plan.length - 1), work.channel)
         dy = lanes.fetch(refs.dy, outer, 2)
@@ -478,7 +541,7 @@ def backward_program(plan: Plan, lanes: Lanes, refs: SimpleNamespace) -> None:
         y, gB, d_exponent = _pairs(scatter_sum(lanes, by_channel, (2,)))
         lanes.warp_barrier()
         token_of_lane = lane // 8 % 2 * 2 + lane // 16
-        place = token_of_lane * (2 * STATES) + lane // OWN % 2 * STATES + work.quarter * OWN
+        place = token_of_lane * (2 * STATES) + lane // OWN % 2 * STATES + work.part * OWN
         lanes.store(refs.part_rows, (s, private + place), sums_by_state)
 
         steps, x = work.step_at(mine)
@@ -487,8 +550,8 @@ def backward_program(plan: Plan, lanes: Lanes, refs: SimpleNamespace) -> None:
         skip = lanes.load(refs.D, (work.channel,), 2) if work.has("D") else [0.0, 0.0]
         if z is not None:
             d_gate = []
-            for c, (d, gate) in enumerate(zip(lanes.unpack(dy), lanes.unpack(z), strict=True)):
-                sigmoid = _sigmoid(lanes, gate)
+            gates = lanes.unpack(z)
+            for c, (d, gate, sigmoid) in enumerate(zip(lanes.unpack(dy), gates, _sigmoids(lanes, gates), strict=True)):
                 d_gate.append(d * (y[c] + skip[c] * x[c]) * sigmoid * (1 + gate * (1 - sigmoid)))
             lanes.store(refs.dz, (work.row, time, work.channel), d_gate, written)
         du = [lanes.fma(steps[c], gB[c], skip[c] * slopes[c]) for c in range(2)]
@@ -508,8 +571,8 @@ def backward_program(plan: Plan, lanes: Lanes, refs: SimpleNamespace) -> None:
     work.keep_states(dA, refs.dA, work.row, work.chunk)
     for stride in (1, 2):
         sums = [value + lanes.exchange(value, stride) for value in sums]
-    lanes.store(refs.dD, (work.row, work.chunk, work.channel), sums[:2], work.inside & (work.quarter < 1))
-    lanes.store(refs.d_bias, (work.row, work.chunk, work.channel), sums[2:], work.inside & (work.quarter < 1))
+    lanes.store(refs.dD, (work.row, work.chunk, work.channel), sums[:2], work.inside & (work.part < 1))
+    lanes.store(refs.d_bias, (work.row, work.chunk, work.channel), sums[2:], work.inside & (work.part < 1))
 
 
 def _pairs(values: list[Any]) -> list[list[Any]]:
@@ -524,7 +587,7 @@ def shared_arrays(plan: Plan, tokens: int) -> dict[str, jax.ShapeDtypeStruct]:
         "step_rows": f32((tokens, groups * (2 * plan.vector + GAP))),
         "rows": f32((tokens, 2 * STATES)),
         "keep_rows": f32((tokens,)),
-        "sum_rows": f32((tokens, groups * (OWN * plan.vector + GAP))),
+        "sum_rows": f32((tokens, groups * (plan.share * plan.vector + GAP))),
         "slope_rows": f32((tokens, groups * (plan.vector + GAP))),
         "part_rows": f32((tokens // PART, WARPGROUP * 2 * OWN)),
     }

@@ -66,36 +66,51 @@ def test_gradients_lower_for_cuda_and_keep_dtypes():
     assert {name: x.dtype for name, x in gradients.items()} == {name: x.dtype for name, x in arguments.items()}
 
 
-@pytest.mark.parametrize("shift", [-7.0, 2.0])
-@pytest.mark.parametrize("segments", [False, True])
-@pytest.mark.parametrize("each", [1, 2])
-def test_time_in_chunks_gives_what_one_chunk_gives(shift, segments, each, monkeypatch):
-    """With small steps states pass through all chunks; with large ones the walk for what a chunk hands on ends early."""
+def everything(segments, shift=0.0):
+    """Outputs and gradients of an interpreted call that is neither a whole number of strips nor of tiles."""
     r = np.random.default_rng(0)
     empty = shapes(2, 200, 72, 16, jnp.float32)
     arguments = {name: jnp.asarray(r.standard_normal(x.shape), jnp.float32) for name, x in empty.items()}
     arguments |= {"A": -jnp.exp(arguments["A"]), "dt": arguments["dt"] + shift}
-    arguments["segment_ids"] = jnp.asarray(np.arange(200)[None] >= np.array([[70], [128]]), jnp.int32) if segments else None
-    cotangents = arguments["u"][:, ::-1], arguments["initial_state"][::-1]
-    monkeypatch.setattr(pallas_gpu_lanes, "MANY", 0 if each == 2 else 10**9)
+    segment_ids = jnp.asarray(np.arange(200)[None] >= np.array([[70], [128]]), jnp.int32) if segments else None
+    floats = {name: x for name, x in arguments.items() if name != "segment_ids"}
+    scan = functools.partial(scan_gpu(interpret=True), segment_ids=segment_ids)
+    results, pullback = jax.vjp(lambda floats: scan(**floats), floats)
+    return results, pullback((arguments["u"][:, ::-1], arguments["initial_state"][::-1]))
 
-    def everything():
-        floats = {name: x for name, x in arguments.items() if name != "segment_ids"}
-        scan = functools.partial(scan_gpu(interpret=True), segment_ids=arguments["segment_ids"])
-        results, pullback = jax.vjp(lambda floats: scan(**floats), floats)
-        return results, pullback(cotangents)
 
-    whole = everything()
+def close(got, wanted):
+    # Sums of some hundred float32 terms in another order: 6e-8 each, 1e-5 of the largest value in all.
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-5 * float(jnp.max(jnp.abs(wanted))))
+
+
+@pytest.mark.parametrize("shift", [-7.0, 2.0])
+@pytest.mark.parametrize("segments", [False, True])
+def test_time_in_chunks_gives_what_one_chunk_gives(shift, segments, monkeypatch):
+    """With small steps states pass through all chunks; with large ones the walk for what a chunk hands on ends early."""
+    whole = everything(segments, shift)
     assert pallas_gpu_lanes.plan_forward(2, 200, 72, True).chunks == 1
     monkeypatch.setattr(pallas_gpu_lanes, "SPAN", 32)
-    assert pallas_gpu_lanes.plan_forward(2, 200, 72, True)[-2:] == (each, pallas_gpu_lanes.VECTORS[each])
     assert pallas_gpu_lanes.plan_forward(2, 200, 72, True).chunks > 3
+    jax.tree.map(close, everything(segments, shift), whole)
 
-    def close(got, wanted):
-        # Sums of some hundred float32 terms in another order: 6e-8 each, 1e-5 of the largest value in all.
-        np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-5 * float(jnp.max(jnp.abs(wanted))))
 
-    jax.tree.map(close, everything(), whole)
+def test_narrow_strips_give_what_wide_ones_give(monkeypatch):
+    wide = everything(segments=True)
+    assert pallas_gpu_lanes.plan_forward(2, 200, 72, True).strip == 64
+    monkeypatch.setattr(pallas_gpu_lanes, "NARROW", 0)
+    assert pallas_gpu_lanes.plan_forward(2, 200, 72, True).strip == 32
+    jax.tree.map(close, everything(segments=True), wide)
+
+
+@pytest.mark.parametrize(
+    ("size", "own", "chunks"),
+    [((64, 2048, 2304), 4, 1), ((8, 2048, 2944), 4, 1), ((8, 2048, 2304), 2, 1), ((4, 8192, 2048), 2, 1),
+     ((1, 2048, 2304), 4, 11), ((1, 65536, 2304), 4, 33), ((1, 64, 2304), 4, 1)],
+)  # fmt: skip
+def test_small_batches_are_divided_until_they_fill_a_gpu(size, own, chunks):
+    plan = pallas_gpu_lanes.plan_forward(*size, True)
+    assert (plan.own, plan.chunks) == (own, chunks)
 
 
 @pytest.mark.parametrize(
