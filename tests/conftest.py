@@ -16,6 +16,8 @@ import pytest
 # Before jax starts. Several host devices would slow every test, and a subprocess that a test starts would inherit them;
 # the tests that need several ask for a process of their own (`run_with_devices`).
 os.environ["JAX_PLATFORMS"] = os.environ.get("TEST_PLATFORM", "cpu")  # "cuda" runs the kernels themselves
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are defined
 os.environ.pop("XLA_FLAGS", None)
 os.environ.pop("PALLAS_KERNELS_IMPLEMENTATION", None)
 

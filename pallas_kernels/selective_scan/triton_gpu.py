@@ -1,13 +1,15 @@
 """The selective scan in Triton, called through jax-triton, for Ampere and later, forward and backward.
 
-A program of one warp owns BLOCK channels of one batch row through one chunk of its time, and all their states. Time is split
-until there are programs enough to fill a GPU: a first kernel finds what each chunk adds to the state that leaves it and the
-sum of its steps, from which every chunk finds the state that enters it.
+Every lane owns one channel of one batch row through one chunk of its time, and all its states, so that sums over states stay
+in the lane. A program has one or two warps. Time is split until there are programs enough to fill a GPU: a first kernel finds
+what each chunk adds to the state that leaves it and the sum of its steps, from which every chunk finds the state that enters
+it.
 
-The forward kernel can keep the state before every START-th token. The backward kernel takes the tokens in reverse, TILE at a
-time: it recomputes the states from the last one kept, holds those of the tile in registers, and runs the adjoint recurrence
-`g[t] = C[t] dy[t] + decay[t+1] g[t+1]`. It walks over several strips of channels, whose shares of dB and dC it adds up in
-that order, without atomics: two runs agree bit for bit.
+The forward kernel can keep the state before every START-th token. The backward kernel takes these tokens in reverse: it
+recomputes their states from the one kept, writes down those before each tile, and runs the adjoint recurrence
+`g[t] = C[t] dy[t] + decay[t+1] g[t+1]` a tile at a time. The sums over channels, of dB and dC, cross lanes through memory. A
+program walks over several strips of channels and adds up their shares in that order, without atomics: two runs agree bit for
+bit. Run on an H100; times, and what else was tried, in benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -27,17 +29,24 @@ from pallas_kernels.lanes import ceil_div
 from pallas_kernels.selective_scan.fused import Inputs, differentiable, refuse_float64
 
 LOG2E = math.log2(math.e)
-TILE = {"forward": 8, "backward": 8}
+TILE = {"forward": 8, "backward": 2}
 """Tokens that are read together."""
-START = 24
-"""Tokens between two states that are kept."""
-ELEMENTS = {"forward": 512, "backward": 256}
-"""States of a program."""
-STRIPS = 8
-"""Strips of channels that a backward program walks over."""
-PROGRAMS = {"forward": 6000, "backward": 4000}
-"""Time is split until there are so many programs."""
-SHORTEST, MOST = 64, 64
+START = 32
+"""Tokens between two states that are kept, a multiple of both tiles."""
+STATES_OF_WARP = 512
+"""So that each of 32 lanes has the 16 states of a channel."""
+
+# Found by measuring, on a GPU with 132 processors.
+WARPS = 6200
+"""The forward kernel's time is split until there are about so many warps."""
+PAIRED = 528
+"""Warps of whole time from which the forward kernel's programs have two: they share what they read of B and C."""
+RESIDENT = 8 * 132
+"""Warps of the backward kernel that run at once."""
+SUMMARY_COST = 0.12
+"""Time that the first kernel adds to the backward pass."""
+SHORTEST = {"forward": 96, "backward": 128}
+MOST = 64
 """Fewest tokens of a chunk, and most chunks."""
 
 
@@ -69,10 +78,13 @@ class Plan(NamedTuple):
     states: int
     """A power of two."""
     block: int
+    """Channels of a strip."""
     chunk: int
     strips: int
+    """That a program walks over."""
     softplus: bool
     tile: int
+    warps: int
 
     @property
     def chunks(self) -> int:
@@ -95,25 +107,52 @@ def _power_of_two(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
-def _plan(inputs: Inputs, softplus: bool, which: str) -> Plan:
+def _split(plan: Plan, chunks: int) -> Plan:
+    """The plan with its time in so many chunks, or fewer of a whole number of START tokens."""
+    return plan._replace(chunk=ceil_div(ceil_div(plan.length, chunks), START) * START)
+
+
+def _plan(inputs: Inputs, softplus: bool) -> Plan:
+    """Of the whole time, by one warp."""
     (batch, length, channels), states = inputs.u.shape, _power_of_two(inputs.A.shape[1])
-    block = max(1, min(ELEMENTS[which] // states, _power_of_two(channels)))
-    strips = STRIPS if which == "backward" else 1
-    whole = Plan(batch, length, channels, states, block, max(length, 1), strips, softplus, TILE[which])
-    chunks = min(ceil_div(PROGRAMS[which], batch * whole.groups), MOST, max(1, length // SHORTEST))
-    multiple = math.lcm(START, TILE[which])
-    return whole._replace(chunk=ceil_div(ceil_div(max(length, 1), chunks), multiple) * multiple)
+    block = max(1, min(STATES_OF_WARP // states, _power_of_two(channels)))
+    return _split(Plan(batch, length, channels, states, block, 0, 1, softplus, 0, 1), 1)
+
+
+def plan_forward(inputs: Inputs, softplus: bool) -> Plan:
+    plan = _plan(inputs, softplus)._replace(tile=TILE["forward"])
+    chunks = max(1, min(round(WARPS / (plan.batch * plan.groups)), MOST, plan.length // SHORTEST["forward"]))
+    if plan.batch * plan.groups >= PAIRED:
+        plan = plan._replace(block=2 * plan.block, warps=2)
+    return _split(plan, chunks)
+
+
+def plan_backward(inputs: Inputs, softplus: bool) -> Plan:
+    """As many strips a program as leave programs enough, and the fewest chunks whose last round of programs is nearly full."""
+    plan = _plan(inputs, softplus)._replace(tile=TILE["backward"])
+    most = max(1, min(MOST, plan.length // SHORTEST["backward"]))
+    for strips in (4, 2, 1):
+        plan = plan._replace(strips=strips)
+        if plan.batch * plan.groups * most >= RESIDENT * 0.9:
+            break
+    programs = plan.batch * plan.groups
+
+    def cost(chunks: int) -> float:
+        return ceil_div(programs * chunks, RESIDENT) / chunks * (1 if chunks == 1 else 1 + SUMMARY_COST)
+
+    least = min(map(cost, range(1, most + 1)))
+    return _split(plan, next(chunks for chunks in range(1, most + 1) if cost(chunks) <= 1.05 * least))
 
 
 def _by_jax_triton(
-    name: str, grid: tuple[int, int, int], inputs: list[Array], outputs: list[Any], options: dict
+    name: str, grid: tuple[int, int, int], inputs: list[Array], outputs: list[Any], options: dict, warps: int
 ) -> list[Array]:
     import jax_triton
 
     from pallas_kernels.selective_scan import triton_gpu_kernels
 
     kernel = getattr(triton_gpu_kernels, name)
-    return jax_triton.triton_call(*inputs, kernel=kernel, out_shape=outputs, grid=grid, num_warps=1, num_stages=1, **options)
+    return jax_triton.triton_call(*inputs, kernel=kernel, out_shape=outputs, grid=grid, num_warps=warps, num_stages=1, **options)
 
 
 def _arrays(plan: Plan, inputs: Inputs) -> dict[str, Array]:
@@ -172,11 +211,11 @@ def _summaries(plan: Plan, arrays: dict[str, Array], options: dict[str, Any], re
     of_chunks = plan.batch, plan.chunks
     outputs = [f32((*of_chunks, plan.channels)), f32((*of_chunks, plan.states, plan.channels))]
     grid = (ceil_div(plan.channels, plan.block), plan.chunks, plan.batch)
-    return call("summary_kernel", grid, inputs, outputs, options | {"REVERSE": reverse})
+    return call("summary_kernel", grid, inputs, outputs, options | {"REVERSE": reverse, "TILE": TILE["forward"]}, plan.warps)
 
 
 def _forward(inputs: Inputs, dt_softplus: bool, keep: bool, call: Callable) -> tuple[Array, Array, Array | None]:
-    plan = _plan(inputs, dt_softplus, "forward")
+    plan = plan_forward(inputs, dt_softplus)
     arrays, options = _arrays(plan, inputs), _options(plan, inputs)
     of_states = (plan.states, plan.channels)
     enter = jnp.zeros((plan.batch, *of_states)) if inputs.initial_state is None else _lanes(plan, inputs.initial_state)
@@ -191,17 +230,18 @@ def _forward(inputs: Inputs, dt_softplus: bool, keep: bool, call: Callable) -> t
             f32((plan.batch, starts, *of_states) if keep else (1,)),
         ],
         options | dict(START=START, SKIP=inputs.D is not None, STARTS=keep),
+        plan.warps,
     )  # fmt: skip
     return y, final.swapaxes(1, 2)[:, :, : inputs.A.shape[1]], kept if keep else None
 
 
 def _backward(inputs: Inputs, starts: Array, dy: Array, d_final: Array, dt_softplus: bool, call: Callable) -> Inputs:
-    plan, states = _plan(inputs, dt_softplus, "backward"), inputs.A.shape[1]
+    plan, states = plan_backward(inputs, dt_softplus), inputs.A.shape[1]
     arrays, options = _arrays(plan, inputs) | {"dy": dy}, _options(plan, inputs)
     of_states, wide = (plan.states, plan.channels), inputs.u.shape
     summaries = _summaries(plan, arrays, options, True, call)
     names = ("u", "dt", "z", "dy", "B", "C", "A", "D", "dt_bias", "keep")
-    du, ddt, dz, d_rows, dA, dD, d_bias, d_state = call(
+    du, ddt, dz, d_rows, dA, dD, d_bias, d_state, *_ = call(
         "backward_kernel",
         plan.grid,
         [*(arrays[name] for name in names), _lanes(plan, d_final), *summaries, starts],
@@ -212,8 +252,11 @@ def _backward(inputs: Inputs, starts: Array, dy: Array, d_final: Array, dt_softp
             f32((plan.batch, plan.chunks, *of_states)),
             *[f32((plan.batch, plan.chunks, plan.channels))] * 2,
             f32((plan.batch, *of_states)),
+            f32((plan.batch, plan.chunks, plan.groups, START // plan.tile, plan.states, plan.block)),
+            f32((plan.batch, plan.chunks, plan.groups, plan.tile, 2, plan.states, plan.block)),
         ],
         options | dict(START=START, SKIP=inputs.D is not None, STRIPS=plan.strips),
+        plan.warps,
     )  # fmt: skip
     d_rows = jnp.sum(d_rows, axis=1)[:, : plan.length, :, :states]
     return Inputs(
@@ -231,7 +274,7 @@ def _backward(inputs: Inputs, starts: Array, dy: Array, d_final: Array, dt_softp
 
 
 def scan_triton(call: Callable = _by_jax_triton) -> Callable:
-    """The scan by these kernels; `call(name, grid, inputs, outputs, options)` runs one."""
+    """The scan by these kernels; `call(name, grid, inputs, outputs, options, warps)` runs one."""
     return differentiable(functools.partial(_forward, call=call), functools.partial(_backward, call=call))
 
 

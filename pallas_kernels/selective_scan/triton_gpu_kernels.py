@@ -12,10 +12,16 @@ import triton.language as tl
 
 @triton.jit
 def _softplus(x):
-    """log(1 + exp(x)), to float32's relative precision also where it is tiny."""
+    """log(1 + exp(x)), to float32's relative precision also where it is tiny; the polynomial is log(1 + e) / e."""
     e = tl.exp2(-tl.abs(x) * 1.4426950408889634)
-    series = e * (1 - e * (0.5 - e * (1 / 3 - e * 0.25)))
-    return tl.maximum(x, 0.0) + tl.where(e < 0.01, series, tl.log2(1 + e) * 0.6931471805599453)
+    p = -0.029505229 + 0.0052326908 * e
+    p = 0.07822595 + p * e
+    p = -0.13663246 + p * e
+    p = 0.19106008 + p * e
+    p = -0.24842982 + p * e
+    p = 0.33319098 + p * e
+    p = -0.49999493 + p * e
+    return tl.maximum(x, 0.0) + (0.99999994 + p * e) * e
 
 
 @triton.jit
@@ -43,11 +49,13 @@ def _entering(
     """The state (in reverse, the adjoint) that enters a chunk of a row: what enters the row, carried through those before."""
     of_states = STATES * CHANNELS
     h = tl.load(enter + of_row * of_states + states, mask=known, other=0.0)
-    for k in range(CHUNKS - 1 - chunk if REVERSE else chunk):
+    before, k = CHUNKS - 1 - chunk if REVERSE else chunk, 0
+    while k < before:  # Triton's interpreter takes no range whose end it computed
         c = of_row * CHUNKS + (CHUNKS - 1 - k if REVERSE else k)
         total = tl.load(sums + c * CHANNELS + channel, mask=channel < CHANNELS, other=0.0)
         decay = tl.where(total < float("inf"), tl.exp2(total * A), 0.0)
         h = decay * h + tl.load(increments + c * of_states + states, mask=known, other=0.0)
+        k += 1
     return h
 
 
@@ -138,7 +146,7 @@ def forward_kernel(
         if STARTS:
             if first % START == 0 and first < LENGTH:
                 tl.store(starts + (first // START) * (STATES * CHANNELS) + states, h, mask=known)
-        us, raws, gates = (), (), ()
+        us, raws, gates, outs = (), (), (), ()
         for i in tl.static_range(TILE):
             here = _inside(channel, first + i, LENGTH, CHANNELS)
             place = (first + i) * CHANNELS + channel
@@ -159,7 +167,11 @@ def forward_kernel(
                 out += skip * us[i]
             if GATE:
                 out *= gates[i] * _sigmoid(gates[i])
-            tl.store(y + t * CHANNELS + channel, out.to(y.dtype.element_ty), mask=_inside(channel, t, LENGTH, CHANNELS))
+            outs = outs + (out.to(y.dtype.element_ty),)
+        # Last, so that no load waits behind a store that it might have to see.
+        for i in tl.static_range(TILE):
+            place = (first + i) * CHANNELS + channel
+            tl.store(y + place, outs[i], mask=_inside(channel, first + i, LENGTH, CHANNELS))
     if chunk == CHUNKS - 1:
         tl.store(final + row * STATES * CHANNELS + states, h, mask=known)
 
@@ -167,7 +179,7 @@ def forward_kernel(
 @triton.jit
 def backward_kernel(
     u, dt, z, dy, B, C, A, D, dt_bias, keep, enter, sums, increments, starts,
-    du, ddt, dz, d_rows, dA, dD, d_bias, d_state,
+    du, ddt, dz, d_rows, dA, dD, d_bias, d_state, befores_, products,
     LENGTH: tl.constexpr, CHANNELS: tl.constexpr, STATES: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr, START: tl.constexpr, TILE: tl.constexpr, STRIPS: tl.constexpr, SOFTPLUS: tl.constexpr,
     BIAS: tl.constexpr, GATE: tl.constexpr, SKIP: tl.constexpr, KEEP: tl.constexpr,
@@ -188,6 +200,11 @@ def backward_kernel(
     keep += row * CHUNKS * CHUNK
     starts += row * tl.cdiv(LENGTH, START) * STATES * CHANNELS
     d_rows += (row * tl.num_programs(0) + group) * CHUNKS * CHUNK * 2 * STATES
+    befores_ += (c * tl.num_programs(0) + group) * (START // TILE) * STATES * BLOCK
+    products += (c * tl.num_programs(0) + group) * TILE * 2 * STATES * BLOCK
+    own = n[:, None] * BLOCK + tl.multiple_of(tl.arange(0, BLOCK), 1)[None, :]
+    row_of_products = tl.arange(0, TILE * 2 * STATES)
+    all_products = row_of_products[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     for strip in range(STRIPS):
         channel = tl.multiple_of((group * STRIPS + strip) * BLOCK + tl.arange(0, BLOCK), 1)
         inside = channel < CHANNELS
@@ -198,79 +215,84 @@ def backward_kernel(
         g = _entering(enter, sums, increments, A_tile, chunk, row, channel, states, known, CHANNELS, STATES, CHUNKS, True)
         A_sum = tl.zeros([STATES, BLOCK], tl.float32)
         D_sum, bias_sum = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
-        for k in range(CHUNK // TILE):
-            first = chunk * CHUNK + CHUNK - TILE - k * TILE
-            if first < LENGTH:
-                kept = first // START
+        for k in range(CHUNK // START):
+            kept = (chunk * CHUNK + CHUNK - START) // START - k
+            if kept * START < LENGTH:
+                # The states before each tile of these START tokens, each lane's own to write and read.
                 h = tl.load(starts + kept * (STATES * CHANNELS) + states, mask=known, other=0.0)
-                for k_before in range((first - kept * START) // TILE):
-                    before = kept * START + k_before * TILE
+                for part in range(START // TILE - 1):
+                    tl.store(befores_ + part * (STATES * BLOCK) + own, h)
+                    first = kept * START + part * TILE
                     us, raws = (), ()
                     for i in tl.static_range(TILE):
-                        place = (before + i) * CHANNELS + channel
-                        us, raws = us + (_wide(u, place, inside),), raws + (_wide(dt, place, inside) + bias,)
+                        here, place = _inside(channel, first + i, LENGTH, CHANNELS), (first + i) * CHANNELS + channel
+                        us, raws = us + (_wide(u, place, here),), raws + (_wide(dt, place, here) + bias,)
                     for i in tl.static_range(TILE):
-                        B_row = tl.load(B + (before + i) * STATES + n)
+                        B_row = tl.load(B + (first + i) * STATES + n)
                         step = _softplus(raws[i]) if SOFTPLUS else raws[i]
+                        step = tl.where(first + i < LENGTH, step, 0.0)
                         if KEEP:
-                            h = tl.where(tl.load(keep + before + i) > 0, h, 0.0)
+                            h = tl.where(tl.load(keep + first + i) > 0, h, 0.0)
                         h = tl.exp2(step[None, :] * A_tile) * h + B_row[:, None] * (step * us[i])[None, :]
-                us, raws, steps, gates, slopes, befores = (), (), (), (), (), ()
-                for i in tl.static_range(TILE):
-                    here = _inside(channel, first + i, LENGTH, CHANNELS)
-                    place = (first + i) * CHANNELS + channel
-                    us, raws = us + (_wide(u, place, here),), raws + (_wide(dt, place, here) + bias,)
-                    slopes = slopes + (_wide(dy, place, here),)
-                    if GATE:
-                        gates = gates + (_wide(z, place, here),)
-                for i in tl.static_range(TILE):
-                    t = first + i
-                    step = _softplus(raws[i]) if SOFTPLUS else raws[i]
-                    steps = steps + (tl.where(t < LENGTH, step, 0.0),)
-                    if KEEP:
-                        h = tl.where(tl.load(keep + t) > 0, h, 0.0)
-                    befores = befores + (h,)
-                    if i < TILE - 1:
-                        B_row = tl.load(B + t * STATES + n)
-                        h = tl.exp2(steps[i][None, :] * A_tile) * h + B_row[:, None] * (steps[i] * us[i])[None, :]
-                for i in tl.static_range(TILE - 1, -1, -1):
-                    t = first + i
-                    B_row = tl.load(B + t * STATES + n)
-                    C_row = tl.load(C + t * STATES + n)
-                    decay = tl.exp2(steps[i][None, :] * A_tile)
-                    x = steps[i] * us[i]
-                    h = decay * befores[i] + B_row[:, None] * x[None, :]
-                    slope = slopes[i]
-                    here, place = _inside(channel, t, LENGTH, CHANNELS), t * CHANNELS + channel
-                    if GATE:
-                        sigmoid = _sigmoid(gates[i])
-                        plain = tl.sum(h * C_row[:, None], axis=0) + skip * us[i]
-                        d_gate = slope * plain * sigmoid * (1 + gates[i] * (1 - sigmoid))
-                        tl.store(dz + place, d_gate.to(dz.dtype.element_ty), mask=here)
-                        slope = slope * gates[i] * sigmoid
-                    g += C_row[:, None] * slope[None, :]
-                    B_sum, C_sum = tl.sum(g * x[None, :], axis=1), tl.sum(h * slope[None, :], axis=1)
-                    through = g * decay
-                    exponent = through * befores[i]
-                    A_sum += exponent * steps[i][None, :]
-                    g_B = tl.sum(g * B_row[:, None], axis=0)
-                    d_step = us[i] * g_B + tl.sum(exponent * A_tile, axis=0) * 0.6931471805599453
-                    d_raw = d_step * _sigmoid(raws[i]) if SOFTPLUS else d_step
-                    d_raw = tl.where(t < LENGTH, d_raw, 0.0)
-                    bias_sum += d_raw
-                    D_sum += slope * us[i]
-                    tl.store(du + place, (steps[i] * g_B + skip * slope).to(du.dtype.element_ty), mask=here)
-                    tl.store(ddt + place, d_raw.to(ddt.dtype.element_ty), mask=here)
-                    sum_place = d_rows + t * (2 * STATES) + n
-                    if strip > 0:
-                        B_sum += tl.load(sum_place)
-                        C_sum += tl.load(sum_place + STATES)
-                    tl.store(sum_place, B_sum)
-                    tl.store(sum_place + STATES, C_sum)
-                    g = through
-                    if KEEP:
-                        g = tl.where(tl.load(keep + t) > 0, g, 0.0)
-        tl.debug_barrier()  # the next strip adds to what other lanes stored
+                tl.store(befores_ + (START // TILE - 1) * (STATES * BLOCK) + own, h)
+                for back in range(START // TILE):
+                    part = START // TILE - 1 - back
+                    first = kept * START + part * TILE
+                    h = tl.load(befores_ + part * (STATES * BLOCK) + own)
+                    us, raws, steps, gates, slopes, befores, B_rows, C_rows = (), (), (), (), (), (), (), ()
+                    for i in tl.static_range(TILE):
+                        here, place = _inside(channel, first + i, LENGTH, CHANNELS), (first + i) * CHANNELS + channel
+                        us, raws = us + (_wide(u, place, here),), raws + (_wide(dt, place, here) + bias,)
+                        slopes = slopes + (_wide(dy, place, here),)
+                        B_rows = B_rows + (tl.load(B + (first + i) * STATES + n),)
+                        C_rows = C_rows + (tl.load(C + (first + i) * STATES + n),)
+                        if GATE:
+                            gates = gates + (_wide(z, place, here),)
+                    for i in tl.static_range(TILE):
+                        step = _softplus(raws[i]) if SOFTPLUS else raws[i]
+                        steps = steps + (tl.where(first + i < LENGTH, step, 0.0),)
+                        if KEEP:
+                            h = tl.where(tl.load(keep + first + i) > 0, h, 0.0)
+                        befores = befores + (h,)
+                        h = tl.exp2(steps[i][None, :] * A_tile) * h + B_rows[i][:, None] * (steps[i] * us[i])[None, :]
+                    for i in tl.static_range(TILE - 1, -1, -1):
+                        t = first + i
+                        B_row, C_row = B_rows[i], C_rows[i]
+                        decay = tl.exp2(steps[i][None, :] * A_tile)
+                        x = steps[i] * us[i]
+                        if i < TILE - 1:
+                            h = decay * befores[i] + B_row[:, None] * x[None, :]
+                        slope = slopes[i]
+                        here, place = _inside(channel, t, LENGTH, CHANNELS), t * CHANNELS + channel
+                        if GATE:
+                            sigmoid = _sigmoid(gates[i])
+                            plain = tl.sum(h * C_row[:, None], axis=0) + skip * us[i]
+                            d_gate = slope * plain * sigmoid * (1 + gates[i] * (1 - sigmoid))
+                            tl.store(dz + place, d_gate.to(dz.dtype.element_ty), mask=here)
+                            slope = slope * gates[i] * sigmoid
+                        g += C_row[:, None] * slope[None, :]
+                        tl.store(products + (2 * i) * (STATES * BLOCK) + own, g * x[None, :])
+                        tl.store(products + (2 * i + 1) * (STATES * BLOCK) + own, h * slope[None, :])
+                        through = g * decay
+                        exponent = through * befores[i]
+                        A_sum += exponent * steps[i][None, :]
+                        g_B = tl.sum(g * B_row[:, None], axis=0)
+                        d_step = us[i] * g_B + tl.sum(exponent * A_tile, axis=0) * 0.6931471805599453
+                        d_raw = d_step * _sigmoid(raws[i]) if SOFTPLUS else d_step
+                        d_raw = tl.where(t < LENGTH, d_raw, 0.0)
+                        bias_sum += d_raw
+                        D_sum += slope * us[i]
+                        tl.store(du + place, (steps[i] * g_B + skip * slope).to(du.dtype.element_ty), mask=here)
+                        tl.store(ddt + place, d_raw.to(ddt.dtype.element_ty), mask=here)
+                        g = through
+                        if KEEP:
+                            g = tl.where(tl.load(keep + t) > 0, g, 0.0)
+                    # The sums over channels cross lanes: through memory, a tile at a time, which is cheaper than by shuffles.
+                    tl.debug_barrier()
+                    sum_place = d_rows + first * (2 * STATES) + row_of_products
+                    total = tl.load(sum_place, mask=row_of_products < strip * (TILE * 2 * STATES), other=0.0)
+                    tl.store(sum_place, total + tl.sum(tl.load(products + all_products), axis=1))
+                    tl.debug_barrier()
         tl.store(dA + c * STATES * CHANNELS + states, A_sum, mask=known)
         tl.store(dD + c * CHANNELS + channel, D_sum, mask=inside)
         tl.store(d_bias + c * CHANNELS + channel, bias_sum, mask=inside)

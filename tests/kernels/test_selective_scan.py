@@ -15,6 +15,7 @@ from pallas_kernels.selective_scan import selective_scan, xla
 from pallas_kernels.selective_scan.api import IMPLEMENTATIONS
 from pallas_kernels.selective_scan.pallas_gpu import scan_gpu
 from pallas_kernels.selective_scan.pallas_tpu import scan_tpu
+from pallas_kernels.selective_scan.triton_gpu import scan_triton
 
 NAMES = ("u", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_state")
 
@@ -96,12 +97,42 @@ def make(length, *, batch=2, channels=3, states=8, without=(), dt_shift=0.0, A_s
     }
 
 
-INTERPRETED = {"pallas_gpu, interpreted": scan_gpu(interpret=True), "pallas_tpu, interpreted": scan_tpu(interpret=True)}
+def by_triton_interpreter(name, grid, inputs, outputs, options, warps):
+    """Run a Triton kernel on this machine, its outputs full of NaN before; Triton's interpreter takes PyTorch's tensors."""
+    import torch
+
+    from pallas_kernels.selective_scan import triton_gpu_kernels
+
+    def tensor(array):
+        array = np.asarray(array)
+        if array.dtype == jnp.bfloat16:
+            return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
+        return torch.from_numpy(array.copy())
+
+    def array(tensor):
+        return tensor.view(torch.int16).numpy().view(jnp.bfloat16) if tensor.dtype == torch.bfloat16 else tensor.numpy()
+
+    def run(*arrays):
+        results = [tensor(np.full(x.shape, np.nan, x.dtype)) for x in outputs]
+        getattr(triton_gpu_kernels, name)[grid](*map(tensor, arrays), *results, num_warps=warps, **options)
+        return [array(x) for x in results]
+
+    return jax.pure_callback(run, outputs, *inputs, vmap_method="sequential")
+
+
+INTERPRETED = {
+    "pallas_gpu, interpreted": scan_gpu(interpret=True),
+    "pallas_tpu, interpreted": scan_tpu(interpret=True),
+    "triton_gpu, interpreted": scan_triton(by_triton_interpreter),
+}
 """The kernels, run by interpreters that need none of their hardware."""
 
 
 def function_of(form):
     """The scan of a form's name: an implementation's, with what is peculiar to the form after a comma."""
+    if form == "triton_gpu, interpreted":
+        pytest.importorskip("triton", reason="needs triton: pip install 'blackmamba-jax[triton]'")
+        pytest.importorskip("torch", reason="needs torch: pip install 'blackmamba-jax[parity]'")
     return INTERPRETED.get(form) or functools.partial(selective_scan, implementation=form.split(",")[0])
 
 
@@ -190,7 +221,9 @@ def implementation(request, monkeypatch):
     [(implementation, dtype, case) for implementation in FORMS for dtype in RUN for case in RUN[dtype]
      # Slow to compile on CPUs, and the other lengths have every kind of last chunk.
      if not (implementation == "xla, accelerators" and case in ("length 2", "length 15", "length 16", "length 32"))]
-    + [(implementation, dtype, case) for implementation in KERNELS for dtype in RUN_KERNELS for case in RUN_KERNELS[dtype]],
+    + [(implementation, dtype, case) for implementation in KERNELS for dtype in RUN_KERNELS for case in RUN_KERNELS[dtype]
+       # Triton's interpreter is slow, and truncates to bfloat16 where the GPU rounds.
+       if not (implementation == "triton_gpu, interpreted" and (dtype == "bfloat16" or case == "every offset of 32"))],
     indirect=["implementation"],
 )  # fmt: skip
 def test_matches_the_loop_in_value_and_gradient(implementation, dtype, case):
