@@ -48,7 +48,7 @@ def gradients(scan, arguments, segments):
 def test_no_races_and_nothing_unwritten_is_read(segmented, monkeypatch):
     """Two chunks of time and two blocks of channels, the last of each partly outside the arrays."""
     monkeypatch.setattr(pallas_tpu, "CHUNK", 16)
-    monkeypatch.setattr(pallas_tpu, "CHANNELS", 128)
+    monkeypatch.setattr(pallas_tpu, "BUNDLES", {128: 1})
     arguments, segments = make(1, 19, 130, 8)
     segments = segments if segmented else None
     strict = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
@@ -82,7 +82,8 @@ for text in sys.argv[2:]:
     forward = lambda a, s: selective_scan(**a, segment_ids=s, implementation="pallas_tpu")
     backward = lambda a, s: jax.vjp(lambda a: forward(a, s), a)[1]((a["u"], a["initial_state"]))
     with jax.set_mesh(jax.sharding.Mesh(np.array([device]), ("x",))):
-        chosen = explain_selective_scan(**arguments, segment_ids=segments).splitlines()[2]
+        lines = explain_selective_scan(**arguments, segment_ids=segments).splitlines()
+        chosen = next(line for line in lines if line.startswith("pallas_tpu"))
         for function in (forward, backward):
             compiled = jax.jit(function).lower(arguments, segments).compile()
             memory = compiled.memory_analysis()
