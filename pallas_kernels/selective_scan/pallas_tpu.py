@@ -12,7 +12,7 @@ are written for each block of channels and added up outside, in a fixed order: t
 No TPU has run this. Values are checked in interpret mode, and the kernels are compiled ahead of time for v5e, v6e, v5p and
 tpu7x (tests/kernels/test_pallas_tpu.py). What is known of speed is the compiler's schedule, counted by benchmarks/
 tpu_schedule.py: with 16 states and E = 2304 a time step of 128 channels takes 7.9 bundles in the forward kernel's inner loop on
-v5e, without spills, and 9.8 in all; 31.1 in all going backward, where the inner loop spills.
+v5e, without spills, and 9.8 in all; 31.4 in all going backward, where the inner loop spills.
 """
 
 from __future__ import annotations
@@ -71,6 +71,11 @@ class Plan(NamedTuple):
         return self.batch, pl.cdiv(self.channels, self.block), pl.cdiv(self.length, self.chunk)
 
     @property
+    def joined(self) -> int:
+        """Groups whose gradients of B and C lie side by side in the lanes: memory is padded to all LANES of them."""
+        return math.gcd(self.chunk // GROUP, LANES // (2 * GROUP))
+
+    @property
     def padded_length(self) -> int:
         return self.grid[2] * self.chunk
 
@@ -103,9 +108,11 @@ def _pack(plan: Plan, array: Array) -> Array:
     return array.reshape(plan.batch, -1, GROUP, plan.states).swapaxes(2, 3)
 
 
-def _unpack(plan: Plan, tiles: Array) -> Array:
-    """The inverse of `_pack`, still padded."""
-    return tiles.swapaxes(2, 3).reshape(plan.batch, plan.padded_length, plan.states)
+def _unpack(plan: Plan, tiles: Array) -> tuple[Array, Array]:
+    """Gradients of B and C, still padded, from `[batch, L / (GROUP * joined), N, joined * 2 * GROUP]`."""
+    tiles = tiles.reshape(plan.batch, -1, plan.states, plan.joined, 2, GROUP)
+    rows = jnp.moveaxis(tiles, (3, 5, 2), (2, 3, 5)).reshape(plan.batch, plan.padded_length, 2, plan.states)
+    return rows[:, :, 0], rows[:, :, 1]
 
 
 def _arrays(plan: Plan, inputs: Inputs) -> dict[str, Array]:
@@ -152,7 +159,9 @@ def _specs(plan: Plan, reverse: bool, packed: int) -> dict[str, pl.BlockSpec]:
         "A": spec((width, plan.block), lambda b, e, t: (0, e)),
         "starts": spec((None, None, width, plan.block), lambda b, e, t: (b, t, 0, e)),
         "tiles": spec((None, groups, width, packed), lambda b, e, t: (b, t, 0, 0)),
-        "d_tiles": spec((None, None, groups, width, 2 * GROUP), lambda b, e, t: (b, e, t, 0, 0)),
+        "d_tiles": spec(
+            (None, None, groups // plan.joined, width, plan.joined * 2 * GROUP), lambda b, e, t: (b, e, t, 0, 0)
+        ),
     }
 
 
@@ -343,10 +352,13 @@ def _backward_kernel(plan: Plan, refs: dict[str, Any]) -> None:
                 adjoint_state = jnp.where(_column(tile, j, 2) > 0, adjoint_state, 0.0)
         for ref, row in zip((y_ref, gB_ref, exponent_ref), rows, strict=True):
             ref[rows_of(g), :] = row.result()
-        refs["d_tiles"][g] = jnp.concatenate([*columns[0], *columns[1]], axis=1)
+        refs["columns"][g] = jnp.concatenate([*columns[0], *columns[1]], axis=1)
         return adjoint_state, dA
 
     g_ref[...], dA_ref[...] = lax.fori_loop(0, groups, adjoint, (g_ref[...], dA_ref[...]))
+    for k in range(groups // plan.joined):
+        neighbours = [refs["columns"][k * plan.joined + i] for i in range(plan.joined)]
+        refs["d_tiles"][k] = jnp.concatenate(neighbours, axis=1)
     refs["d_state"][...] = g_ref[...]
     y, gB = y_ref[...], gB_ref[...]
     du = step * gB
@@ -394,13 +406,14 @@ def _backward(inputs: Inputs, starts: Array, dy: Array, d_final: Array, dt_softp
     }
     outputs |= dict.fromkeys(("dA", "d_state"), f32((plan.batch, plan.states, plan.padded_channels)))
     outputs |= dict.fromkeys(("dD", "d_bias"), f32((plan.batch, 1, plan.padded_channels)))
-    outputs["d_tiles"] = f32((plan.batch, plan.grid[1], plan.padded_length // GROUP, plan.states, 2 * GROUP))
+    joined = plan.padded_length // (GROUP * plan.joined), plan.states, plan.joined * 2 * GROUP
+    outputs["d_tiles"] = f32((plan.batch, plan.grid[1], *joined))
     scratch = dict.fromkeys(
         ("step_rows", "u_rows", "slope_rows", "y_rows", "gB_rows", "exponent_rows"), (plan.chunk, plan.block)
     ) | {"carry": (plan.states, plan.block), "before": (plan.chunk, plan.states, plan.block)}
+    scratch["columns"] = (plan.chunk // GROUP, plan.states, 2 * GROUP)
     results = _call(_backward_kernel, plan, arrays, outputs, scratch, True, interpret)
-    d_tiles = jnp.sum(results["d_tiles"], axis=1)
-    dB, dC = (_unpack(plan, d_tiles[..., k : k + GROUP])[:, :length, :states] for k in (0, GROUP))
+    dB, dC = (rows[:, :length, :states] for rows in _unpack(plan, jnp.sum(results["d_tiles"], axis=1)))
     return Inputs(
         u=results["du"],
         dt=results["ddt"],
