@@ -115,10 +115,10 @@ def measure(shape: tuple[int, int, int], options: argparse.Namespace, ceiling: d
     dy = jax.random.normal(jax.random.key(1), shape).astype(options.dtype)
     functions: dict[str, Any] = {
         name: functools.partial(selective_scan, implementation=name)
-        for name, row in IMPLEMENTATIONS.items()
-        if name != "reference" and "interpret" not in name
+        for name in IMPLEMENTATIONS
+        if name != "reference" and name in (options.implementation or IMPLEMENTATIONS)
     }
-    if batch * length * channels * options.states * 4 * 8 < ASSOCIATIVE_BYTES:
+    if options.implementation is None and batch * length * channels * options.states * 4 * 8 < ASSOCIATIVE_BYTES:
         functions["associative_scan"] = associative
     rows = []
     exponentials = batch * length * channels * options.states
@@ -137,26 +137,27 @@ def measure(shape: tuple[int, int, int], options: argparse.Namespace, ceiling: d
             assert analysis is not None
             kept = analysis.argument_size_in_bytes + analysis.output_size_in_bytes
             memory[form] = (kept + analysis.temp_size_in_bytes) / kept
-        results = jax.eval_shape(functools.partial(one, functions["xla"]), a, dy)
+        results = jax.eval_shape(functools.partial(one, associative), a, dy)
         moved = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((a, results)))
         # The backward pass needs each exponential once more, and reads the inputs and dy again.
         passes, extra = (1, 0) if one is forward else (2, moved // 3)
         floor = max(passes * exponentials / ceiling["exponentials"], (moved + extra) / ceiling["bytes"])
         times = seconds(runs, (a, dy), options.repeat, options.rounds)
         medians = {form: statistics.median(values) for form, values in times.items()}
+        ratios = {peer: medians.get(peer, float("nan")) for peer in ("xla", "associative_scan")}
         for form, values in times.items():
             rows.append(
                 {
                     "shape": shape, "pass": name, "implementation": form, "seconds": values, "median": medians[form],
                     "fraction of floor": floor / medians[form], "floor": floor, "memory over kept": memory[form],
-                    "times faster than xla": medians["xla"] / medians[form],
-                    "times faster than associative_scan": medians.get("associative_scan", float("nan")) / medians[form],
+                    **{f"times faster than {peer}": median / medians[form] for peer, median in ratios.items()},
                 }
             )  # fmt: skip
             print(
                 f"  {name:18} {form:16} {medians[form] * 1e3:9.3f} ms ({min(values) * 1e3:.3f} to {max(values) * 1e3:.3f})  "
-                f"{floor / medians[form]:5.1%} of floor  {medians['xla'] / medians[form]:6.2f}x xla  "
-                f"{rows[-1]['times faster than associative_scan']:6.2f}x associative  memory {memory[form]:.2f}"
+                f"{floor / medians[form]:5.1%} of floor  {ratios['xla'] / medians[form]:6.2f}x xla  "
+                f"{ratios['associative_scan'] / medians[form]:6.2f}x associative  memory {memory[form]:.2f}",
+                flush=True,
             )
     return rows
 
@@ -208,6 +209,9 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--repeat", type=int, default=5, help="calls in one timed program")
+    parser.add_argument(
+        "--implementation", action="append", help="may be repeated; all, and lax.associative_scan, if not given"
+    )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--check", action="store_true", help="compare values and gradients with the reference, time nothing")
     options = parser.parse_args()

@@ -7,7 +7,8 @@ A TPU core issues one bundle a cycle, in order, so the schedule is what a kernel
 Nothing here is measured: transfers between HBM and vector memory do not count, and every conditional block counts as if taken.
 
 Each line is one loop, as trips x ... x bundles without the loops inside it, or a whole kernel, in bundles for one time step of
-128 channels of the arrays: padded channels are paid for and earn nothing. A device of several cores shares the steps among them. Spills are vector stores to a spill slot, fills the loads from one.
+128 channels of the arrays: padded channels are paid for and earn nothing. A device of several cores shares the steps among
+them. Spills are vector stores to a spill slot, fills the loads from one.
 """
 
 from __future__ import annotations

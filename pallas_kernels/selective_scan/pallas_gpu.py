@@ -114,12 +114,15 @@ def _run(
 
 
 def _summaries(plan: Plan, arrays: dict[str, Array], adjoint: bool, interpret: bool) -> dict[str, Array]:
-    """Each chunk's increments and decays `[batch, chunks, channels, STATES]`; nothing where there is one chunk."""
+    """Increments `[batch, chunks - 1, channels, STATES]` and time of the chunks but the last; nothing where there is one."""
     if plan.chunks == 1:
         return {}
-    kind = jax.ShapeDtypeStruct((plan.batch, plan.chunks, plan.channels, STATES), jnp.float32)
+    of_chunks = plan.batch, plan.chunks - 1, plan.channels
     inputs = _pick(arrays, "dt z dy BC A dt_bias keep" if adjoint else "dt u BC A dt_bias keep")
-    outputs = {"increments": kind, "decays": kind}
+    outputs = {
+        "increments": jax.ShapeDtypeStruct((*of_chunks, STATES), jnp.float32),
+        "passed": jax.ShapeDtypeStruct(of_chunks, jnp.float32),
+    }
     return _run(functools.partial(summary_program, adjoint), plan, inputs, outputs, TILE, "step_rows rows", interpret)
 
 
@@ -137,7 +140,7 @@ def _forward(inputs: Inputs, dt_softplus: bool, keep_starts: bool, interpret: bo
     results, rows = [], "step_rows rows sum_rows"
     for group in groups:
         arrays = shared | group | _summaries(plan, shared | group, False, interpret)
-        arrays = _pick(arrays, "u dt z BC A D dt_bias keep state decays increments")
+        arrays = _pick(arrays, "u dt z BC A D dt_bias keep state passed increments")
         results.append(_run(forward_program, plan, arrays, outputs, TILE, rows, interpret))
     y = _total([result["y"] for result in results])[:, :, :width].astype(inputs.u.dtype)
     final = jnp.concatenate([result["final"] for result in results], axis=-1)[:, :width, :states]
@@ -165,7 +168,7 @@ def _backward(inputs: Inputs, starts: list[Array], dy: Array, d_final: Array, dt
     for k, group in enumerate(groups):
         arrays = shared | group | {"starts": starts[k], "d_final": d_final[..., k * STATES : (k + 1) * STATES]}
         arrays |= _summaries(plan, arrays, True, interpret)
-        names = "u dt z dy BC A D dt_bias keep starts d_final decays increments"
+        names = "u dt z dy BC A D dt_bias keep starts d_final passed increments"
         results.append(_run(backward_program, plan, _pick(arrays, names), outputs, START, rows, interpret, TOGETHER))
 
     def total(name: str) -> Array:

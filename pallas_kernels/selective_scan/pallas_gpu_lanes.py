@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -68,6 +67,7 @@ class Plan(NamedTuple):
     softplus: bool
     own: int
     """States of a channel that a lane holds."""
+
     @property
     def share(self) -> int:
         """Lanes that hold the states of one channel."""
@@ -103,14 +103,8 @@ def plan_split(batch: int, length: int, channels: int, softplus: bool) -> Plan:
     return whole._replace(span=ceil_div(ceil_div(length, chunks), START) * START)
 
 
-FORCE = None
-
-
 def plan_forward(batch: int, length: int, channels: int, softplus: bool) -> Plan:
     """Smaller strips of channels rather than chunks of time, which cost a pass more, where they give blocks enough."""
-    if FORCE:
-        own, chunks = FORCE
-        return Plan(batch, length, channels, ceil_div(ceil_div(length, chunks), START) * START, softplus, own)
     wide, narrow = (Plan(batch, length, channels, length, softplus, own) for own in (4, 2))
     if wide.blocks >= WIDE:
         return wide
@@ -151,9 +145,9 @@ def _sigmoids(lanes: Lanes, values: list[Any]) -> list[Any]:
 class Work:
     """What one lane works on, in the two divisions of a strip, and the steps that the programs have in common.
 
-    For the recurrence it owns `each` channels from `channel` on and the states of its `part`, `own` of them. Where states
-    play no part it takes `vector` channels, from `column` on, of one token of a tile. A lane whose channels the strip leaves
-    outside the array reads others in their place and writes nothing.
+    For the recurrence it has EACH channels from `channel` on and the states of its `part`, `own` of them. Where states play no
+    part it takes `vector` channels, from `column` on, of one token of a tile. A lane whose channels the strip leaves outside
+    the array reads others in their place and writes nothing.
     """
 
     def __init__(self, plan: Plan, lanes: Lanes, refs: SimpleNamespace):
@@ -199,7 +193,7 @@ class Work:
         for c in range(EACH):
             self.lanes.store(ref, (*leading, self.channel + c, self.part * own), values[c * own : (c + 1) * own], where)
 
-    def entering(self, edge: str, reverse: bool) -> list[Any]:
+    def entering(self, edge: str, rates: list[Any], reverse: bool) -> list[Any]:
         """The state (or its gradient, in reverse) that enters the chunk: that at the edge, through the chunks between."""
         lanes, refs, last = self.lanes, self.refs, self.plan.chunks - 1
         state = self.states(getattr(refs, edge), self.row) if self.has(edge) else [0.0] * (EACH * self.plan.own)
@@ -207,11 +201,18 @@ class Work:
             return state
 
         def body(i: Any, state: list[Any]) -> list[Any]:
-            k = last - i if reverse else i
-            decays, increments = (self.states(ref, self.row, k) for ref in (refs.decays, refs.increments))
-            return [lanes.fma(d, h, b) for d, h, b in zip(decays, state, increments, strict=True)]
+            k = (last - 1) - i if reverse else i
+            passed = lanes.load(refs.passed, (self.row, k, self.channel), EACH)
+            increments = self.states(refs.increments, self.row, k)
+            return [lanes.fma(d, h, b) for d, h, b in zip(self.decays(rates, passed), state, increments, strict=True)]
 
         return lanes.loop(last - self.chunk if reverse else self.chunk, body, state)
+
+    def decays(self, rates: list[Any], passed: list[Any]) -> list[Any]:
+        """What is left of the lane's states after some time in each of its channels; nothing after infinitely much."""
+        lanes, own = self.lanes, self.plan.own
+        times = [passed[k // own] for k in range(len(rates))]
+        return [lanes.select(t < math.inf, lanes.exp2(t * rate), 0.0) for t, rate in zip(times, rates, strict=True)]
 
     def fetch(self, ref: Any, time: Any) -> list[Any]:
         """The lane's `vector` channels of one token, or of the last one where `time` is beyond it."""
@@ -285,7 +286,8 @@ class Work:
         """The token's B and C, of the lane's states."""
         own = self.plan.own
         both = self.lanes.load(self.refs.rows, (token, self.part * 2 * own), 2 * own)
-        return tuple([both[k] for k in range(2 * own) if k // PAIR % 2 == which] for which in (0, 1))
+        B, C = ([both[k] for k in range(2 * own) if k // PAIR % 2 == which] for which in (0, 1))
+        return B, C
 
     def kept(self, token: Any) -> Any:
         """Whether the state survives into `token`, or None where all do."""
@@ -305,7 +307,7 @@ class Work:
 
 
 def summary_program(adjoint: bool, plan: Plan, lanes: Lanes, refs: SimpleNamespace) -> None:
-    """What each chunk adds to the state that leaves it, and its decay of the one that enters it.
+    """What each chunk adds to the state that leaves it, and the time that passes in it, infinite where a segment begins.
 
     The state leaves at the last token and the walk is from there to the first; the adjoint state leaves at the first.
     """
@@ -313,10 +315,10 @@ def summary_program(adjoint: bool, plan: Plan, lanes: Lanes, refs: SimpleNamespa
     rates = work.rates()
     own, all = plan.own, EACH * plan.own
     tiles = (work.end - work.first + (TILE - 1)) // TILE
-    # The last chunk in walking order of the states hands nothing on.
+    # The last chunk, in the order in which states go through them, hands nothing on.
     needed = (work.chunk if adjoint else (plan.chunks - 1) - work.chunk) * (plan.span // TILE)
 
-    def decays(passed: list[Any], alive: list[Any]) -> list[Any]:
+    def weights_after(passed: list[Any], alive: list[Any]) -> list[Any]:
         values = [lanes.exp2(passed[k // own] * rates[k]) for k in range(all)]
         return [value * alive[0] for value in values] if alive else values
 
@@ -341,7 +343,7 @@ def summary_program(adjoint: bool, plan: Plan, lanes: Lanes, refs: SimpleNamespa
             row = work.row_at(t)[adjoint]
             after = [a + b for a, b in zip(passed, steps, strict=True)]
             still = work.where_kept(work.kept(t), alive)
-            weights = decays(after, still) if adjoint else decays(passed, alive)
+            weights = weights_after(after, still) if adjoint else weights_after(passed, alive)
             total = [lanes.fma(weights[k], values[k // own] * row[k % own], total[k]) for k in range(all)]
             return [*total, *after, *still]
 
@@ -355,8 +357,13 @@ def summary_program(adjoint: bool, plan: Plan, lanes: Lanes, refs: SimpleNamespa
     # Sums, the time that has passed in each channel, and 1 until a segment ends.
     start = [0.0] * (all + EACH) + ([1.0] if work.has("keep") else [])
     carry = lanes.loop_while_any(lanes.smaller(tiles, needed), tile, start)
-    work.keep_states(carry[:all], refs.increments, work.row, work.chunk)
-    work.keep_states(decays(carry[all : all + EACH], carry[all + EACH :]), refs.decays, work.row, work.chunk)
+    passed, alive = carry[all : all + EACH], carry[all + EACH :]
+    if alive:
+        passed = [lanes.select(alive[0] > 0, time, math.inf) for time in passed]
+    # Of all chunks but the last one.
+    place, handed_on = (work.chunk - 1, work.chunk > 0) if adjoint else (work.chunk, work.chunk < plan.chunks - 1)
+    work.keep_states(carry[:all], refs.increments, work.row, place, where=handed_on)
+    lanes.store(refs.passed, (work.row, place, work.channel), passed, work.inside & (work.part < 1) & handed_on)
 
 
 def forward_program(plan: Plan, lanes: Lanes, refs: SimpleNamespace) -> None:
@@ -368,20 +375,17 @@ def forward_program(plan: Plan, lanes: Lanes, refs: SimpleNamespace) -> None:
     streams = [getattr(refs, name) for name in ("u", "dt", "z") if work.has(name)]
     skip = work.of_channels(refs.D) if work.has("D") else None
 
-    def fetch(start: Any) -> list[list[Any]]:
-        return [*(work.fetch(ref, start + work.token) for ref in streams), work.fetch_tokens(start, TILE)]
+    def fetch(start: Any) -> list[Any]:
+        pieces = [piece for ref in streams for piece in work.fetch(ref, start + work.token)]
+        return pieces + work.fetch_tokens(start, TILE)
 
-    sizes = [len(part) for part in fetch(work.first)]
-
-    def split(values: list[Any]) -> list[list[Any]]:
-        ends = [sum(sizes[: k + 1]) for k in range(len(sizes))]
-        return [values[end - size : end] for size, end in zip(sizes, ends, strict=True)]
+    size = len(work.fetch(streams[0], work.first))
 
     def tile(i: Any, carry: list[Any]) -> list[Any]:
-        state, (*fetched, tokens) = carry[:all], split(carry[all:])
+        state, fetched, tokens = carry[:all], carry[all : all + size * len(streams)], carry[all + size * len(streams) :]
         start = work.first + i * TILE
         time = start + work.token
-        u, dt, *z = map(lanes.unpack, fetched)
+        u, dt, *z = (lanes.unpack(fetched[k : k + size]) for k in range(0, len(fetched), size))
         steps = work.steps(dt, time)
         work.put_steps(work.token, steps, [step * x for step, x in zip(steps, u, strict=True)])
         work.put_tokens(tokens, TILE)
@@ -412,17 +416,17 @@ def forward_program(plan: Plan, lanes: Lanes, refs: SimpleNamespace) -> None:
         for k in range(0, plan.vector, EACH):
             place = work.group * (plan.share * plan.vector + GAP) + k * plan.share
             shares = lanes.load(refs.sum_rows, (work.token, place), EACH * plan.share)
-            y += [functools.reduce(operator.add, shares[c :: EACH]) for c in range(EACH)]
+            y += [functools.reduce(operator.add, shares[c::EACH]) for c in range(EACH)]
         if skip is not None:
             y = [lanes.fma(d, x, a) for d, x, a in zip(skip, u, y, strict=True)]
         if z:
             y = [a * (gate * s) for a, gate, s in zip(y, z[0], _sigmoids(lanes, z[0]), strict=True)]
         lanes.store(refs.y, (work.row, time, work.column), y, work.column_inside & (time < work.end))
-        return [*state, *sum(ahead, [])]
+        return [*state, *ahead]
 
-    state = work.entering("state", reverse=False)
+    state = work.entering("state", rates, reverse=False)
     tiles = (work.end - work.first + (TILE - 1)) // TILE
-    state = lanes.loop(tiles, tile, [*state, *sum(fetch(work.first), [])])[:all]
+    state = lanes.loop(tiles, tile, [*state, *fetch(work.first)])[:all]
     work.keep_states(state, refs.final, work.row, where=work.chunk > plan.chunks - 2)
 
 
@@ -564,7 +568,7 @@ def backward_program(plan: Plan, lanes: Lanes, refs: SimpleNamespace) -> None:
         sums = [a + b for a, b in zip(sums, [*(p * a for p, a in zip(slopes, x, strict=True)), *d_step], strict=True)]
         return [*g, *dA, *sums]
 
-    g = work.entering("d_final", reverse=True)
+    g = work.entering("d_final", rates, reverse=True)
     carry = lanes.loop(count, tile, [*g, *[0.0] * (2 * OWN + 4)])
     g, dA, sums = carry[: 2 * OWN], carry[2 * OWN : 4 * OWN], carry[4 * OWN :]
     work.keep_states(g, refs.d_state, work.row, where=work.chunk < 1)

@@ -124,7 +124,12 @@ def _arrays(plan: Plan, inputs: Inputs) -> dict[str, Array]:
         same = jnp.pad(segment_ids[:, 1:] == segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=True)
         same = _pad(same.astype(f32), {1: plan.padded_length}, 1).reshape(plan.batch, -1, 1, GROUP)
         tiles.append(jnp.broadcast_to(same, tiles[0].shape))
-    arrays = {"u": u, "dt": dt, "tiles": jnp.concatenate(tiles, axis=-1), "A": _pad(A.astype(f32) * LOG2E, row | {1: plan.states}).T}
+    arrays = {
+        "u": u,
+        "dt": dt,
+        "tiles": jnp.concatenate(tiles, axis=-1),
+        "A": _pad(A.astype(f32) * LOG2E, row | {1: plan.states}).T,
+    }
     if z is not None:
         arrays["z"] = z
     for name, of_channels in (("dt_bias", dt_bias), ("D", D)):
@@ -159,9 +164,7 @@ def _specs(plan: Plan, reverse: bool, packed: int) -> dict[str, pl.BlockSpec]:
         "A": spec((width, plan.block), lambda b, e, t: (0, e)),
         "starts": spec((None, None, width, plan.block), lambda b, e, t: (b, t, 0, e)),
         "tiles": spec((None, groups, width, packed), lambda b, e, t: (b, t, 0, 0)),
-        "d_tiles": spec(
-            (None, None, groups // plan.joined, width, plan.joined * 2 * GROUP), lambda b, e, t: (b, e, t, 0, 0)
-        ),
+        "d_tiles": spec((None, None, groups // plan.joined, width, plan.joined * 2 * GROUP), lambda b, e, t: (b, e, t, 0, 0)),
     }
 
 

@@ -152,7 +152,9 @@ def _by_jax_triton(
     from pallas_kernels.selective_scan import triton_gpu_kernels
 
     kernel = getattr(triton_gpu_kernels, name)
-    return jax_triton.triton_call(*inputs, kernel=kernel, out_shape=outputs, grid=grid, num_warps=warps, num_stages=1, **options)
+    return jax_triton.triton_call(
+        *inputs, kernel=kernel, out_shape=outputs, grid=grid, num_warps=warps, num_stages=1, **options
+    )
 
 
 def _arrays(plan: Plan, inputs: Inputs) -> dict[str, Array]:

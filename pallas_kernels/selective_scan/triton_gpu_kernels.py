@@ -179,7 +179,7 @@ def forward_kernel(
 @triton.jit
 def backward_kernel(
     u, dt, z, dy, B, C, A, D, dt_bias, keep, enter, sums, increments, starts,
-    du, ddt, dz, d_rows, dA, dD, d_bias, d_state, befores_, products,
+    du, ddt, dz, d_rows, dA, dD, d_bias, d_state, saved, products,
     LENGTH: tl.constexpr, CHANNELS: tl.constexpr, STATES: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr, START: tl.constexpr, TILE: tl.constexpr, STRIPS: tl.constexpr, SOFTPLUS: tl.constexpr,
     BIAS: tl.constexpr, GATE: tl.constexpr, SKIP: tl.constexpr, KEEP: tl.constexpr,
@@ -200,7 +200,7 @@ def backward_kernel(
     keep += row * CHUNKS * CHUNK
     starts += row * tl.cdiv(LENGTH, START) * STATES * CHANNELS
     d_rows += (row * tl.num_programs(0) + group) * CHUNKS * CHUNK * 2 * STATES
-    befores_ += (c * tl.num_programs(0) + group) * (START // TILE) * STATES * BLOCK
+    saved += (c * tl.num_programs(0) + group) * (START // TILE) * STATES * BLOCK
     products += (c * tl.num_programs(0) + group) * TILE * 2 * STATES * BLOCK
     own = n[:, None] * BLOCK + tl.multiple_of(tl.arange(0, BLOCK), 1)[None, :]
     row_of_products = tl.arange(0, TILE * 2 * STATES)
@@ -221,7 +221,7 @@ def backward_kernel(
                 # The states before each tile of these START tokens, each lane's own to write and read.
                 h = tl.load(starts + kept * (STATES * CHANNELS) + states, mask=known, other=0.0)
                 for part in range(START // TILE - 1):
-                    tl.store(befores_ + part * (STATES * BLOCK) + own, h)
+                    tl.store(saved + part * (STATES * BLOCK) + own, h)
                     first = kept * START + part * TILE
                     us, raws = (), ()
                     for i in tl.static_range(TILE):
@@ -234,11 +234,11 @@ def backward_kernel(
                         if KEEP:
                             h = tl.where(tl.load(keep + first + i) > 0, h, 0.0)
                         h = tl.exp2(step[None, :] * A_tile) * h + B_row[:, None] * (step * us[i])[None, :]
-                tl.store(befores_ + (START // TILE - 1) * (STATES * BLOCK) + own, h)
+                tl.store(saved + (START // TILE - 1) * (STATES * BLOCK) + own, h)
                 for back in range(START // TILE):
                     part = START // TILE - 1 - back
                     first = kept * START + part * TILE
-                    h = tl.load(befores_ + part * (STATES * BLOCK) + own)
+                    h = tl.load(saved + part * (STATES * BLOCK) + own)
                     us, raws, steps, gates, slopes, befores, B_rows, C_rows = (), (), (), (), (), (), (), ()
                     for i in tl.static_range(TILE):
                         here, place = _inside(channel, first + i, LENGTH, CHANNELS), (first + i) * CHANNELS + channel

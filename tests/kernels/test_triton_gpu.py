@@ -1,7 +1,7 @@
 """The Triton kernels without their hardware: they compile for every generation they are meant for, and refuse what they must.
 
-Their values are compared with the loop in test_selective_scan.py: interpreted where Triton and PyTorch are installed, themselves on a
-GPU with jax-triton.
+Their values are compared with the loop in test_selective_scan.py: interpreted where Triton and PyTorch are installed,
+themselves on a GPU with jax-triton.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def test_compiles_ahead_of_time(capability, dtype, options):
 @pytest.mark.parametrize("states", [8, 16, 64])
 @pytest.mark.parametrize("size", [(1, 1, 8), (2, 63, 130), (8, 2048, 2304), (1, 65536, 2304), (64, 2048, 2304)])
 def test_a_plan_covers_every_token_and_channel(size, states):
-    batch, length, channels = size
+    _, length, channels = size
     for plan in (plan_forward(shapes(*size, states), True), plan_backward(shapes(*size, states), True)):
         assert plan.chunk % triton_gpu.START == 0
         assert (plan.chunks - 1) * plan.chunk < length <= plan.chunks * plan.chunk
