@@ -313,7 +313,7 @@ def test_the_backward_pass_stays_in_its_document_and_repeats_bit_for_bit(impleme
         assert np.all(gradients[name][:, 9:] != 0), name
 
 
-@pytest.mark.parametrize("form", KERNELS)
+@pytest.mark.parametrize("form", [form for form in KERNELS if form != "triton_gpu, interpreted"])  # one program at a time
 def test_two_backward_runs_of_a_kernel_agree_bit_for_bit(form):
     arguments = make(100, channels=70, states=16, dtype=np.float32)
     segments = np.repeat(np.arange(20), 5)[None].repeat(2, 0).astype(np.int32)
