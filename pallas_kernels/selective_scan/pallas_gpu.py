@@ -1,19 +1,20 @@
 """The selective scan in Pallas Mosaic GPU, for Hopper and later, forward and backward, written lane by lane.
 
-A block of 128 lanes owns a strip of channels of one batch row through one chunk of its time. Four lanes share one or two
-channels and hold `OWN` of the 16 states of each in registers. What belongs to a token and channel but to no state (softplus,
-skip, gate and their gradients) is computed once, by another division of the same lanes, before and after the recurrence.
+A block of 128 lanes owns a strip of channels of one batch row through one chunk of its time. Four or eight lanes share two
+channels and hold four or two of the 16 states of each in registers. What belongs to a token and channel but to no state
+(softplus, skip, gate and their gradients) is computed once, by another division of the same lanes, before and after the
+recurrence.
 
 Time is split where batch and channels give too few blocks. A first kernel finds what each chunk adds to the state that
-leaves it, and its decay of the state that enters it (`_summary_program`). It walks away from the edge where that state
-leaves, and ends once every decay has underflowed to zero, where the rest of the chunk adds nothing. The chunks then start
-from their true states.
+leaves it, and how much time passes in it (`summary_program`). It walks away from the edge where that state leaves, and ends
+once every decay has underflowed to zero, where the rest of the chunk adds nothing. The chunks then start from their true
+states.
 
 The backward kernel takes time in reverse, `START` tokens at a time: it recomputes the states from the one the forward kernel
 kept, holds those of every `PART`th token in shared memory and those of one part in registers, and then runs the adjoint
 recurrence `g[t] = C[t] dy[t] + decay[t+1] g[t+1]`. Sums over states and channels cross lanes in a fixed order, without
 atomics: two runs agree bit for bit. More than 16 states run as several scans, whose outputs and gradients add up.
-Run on an H200; times, and what else was tried, in benchmarks/README.md.
+Run on an H100; times, and what else was tried, in benchmarks/README.md.
 """
 
 from __future__ import annotations

@@ -121,7 +121,7 @@ def _plan(inputs: Inputs, softplus: bool) -> Plan:
 
 def plan_forward(inputs: Inputs, softplus: bool) -> Plan:
     plan = _plan(inputs, softplus)._replace(tile=TILE["forward"])
-    chunks = max(1, min(round(WARPS / (plan.batch * plan.groups)), MOST, plan.length // SHORTEST["forward"]))
+    chunks = max(1, min(round(WARPS / (plan.batch * plan.groups)), MOST, ceil_div(plan.length, SHORTEST["forward"])))
     if plan.batch * plan.groups >= PAIRED:
         plan = plan._replace(block=2 * plan.block, warps=2)
     return _split(plan, chunks)
@@ -130,7 +130,7 @@ def plan_forward(inputs: Inputs, softplus: bool) -> Plan:
 def plan_backward(inputs: Inputs, softplus: bool) -> Plan:
     """As many strips a program as leave programs enough, and the fewest chunks whose last round of programs is nearly full."""
     plan = _plan(inputs, softplus)._replace(tile=TILE["backward"])
-    most = max(1, min(MOST, plan.length // SHORTEST["backward"]))
+    most = min(MOST, ceil_div(plan.length, SHORTEST["backward"]))
     for strips in (4, 2, 1):
         plan = plan._replace(strips=strips)
         if plan.batch * plan.groups * most >= RESIDENT * 0.9:
