@@ -150,7 +150,7 @@ def measure(shape: tuple[int, int, int], options: argparse.Namespace, ceiling: d
                 {
                     "shape": shape, "pass": name, "implementation": form, "seconds": values, "median": medians[form],
                     "fraction of floor": floor / medians[form], "floor": floor, "memory over kept": memory[form],
-                    **{f"times faster than {peer}": median / medians[form] for peer, median in ratios.items()},
+                    **{f"times faster than {peer}": ratios[peer] / medians[form] for peer in ratios if peer in medians},
                 }
             )  # fmt: skip
             print(

@@ -23,6 +23,8 @@ from pallas_kernels.versions import mosaic_kernel
 
 WARP = 32
 WARPGROUP = 128
+VECTOR_BYTES = 16
+"""Most that a lane loads or stores at once."""
 
 
 class Lanes(Protocol):
@@ -50,7 +52,6 @@ class Lanes(Protocol):
         ...
 
     def exp2(self, x: Any) -> Any: ...
-    def log2(self, x: Any) -> Any: ...
     def reciprocal(self, x: Any) -> Any: ...
     def magnitude(self, x: Any) -> Any: ...
     def maximum(self, x: Any, y: Any) -> Any: ...
@@ -188,7 +189,11 @@ class _NumpyLanes:
 
     def fetch(self, ref: np.ndarray, index: Sequence[Any], width: int) -> list[list[np.ndarray]]:
         *leading, last = index
-        return [[ref[self._access(ref, (*leading, last + k), None, False)].astype(np.float32) for k in range(width)]]
+        size = min(width, VECTOR_BYTES // ref.dtype.itemsize)
+        return [
+            [ref[self._access(ref, (*leading, last + k), None, False)].astype(np.float32) for k in range(first, first + size)]
+            for first in range(0, width, size)
+        ]
 
     def unpack(self, fetched: list[list[np.ndarray]]) -> list[np.ndarray]:
         return [value for piece in fetched for value in piece]
@@ -204,9 +209,6 @@ class _NumpyLanes:
 
     def exp2(self, x: Any) -> Any:
         return np.exp2(np.float32(x))
-
-    def log2(self, x: Any) -> Any:
-        return np.log2(np.float32(x))
 
     def reciprocal(self, x: Any) -> Any:
         return np.float32(1) / x

@@ -11,9 +11,7 @@ from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm, math, nvvm, scf, vector
 
-WARPGROUP = 128
-VECTOR_BYTES = 16
-"""Most that a lane loads or stores at once."""
+from pallas_kernels.lanes import VECTOR_BYTES, WARPGROUP
 
 
 class Ref(NamedTuple):
@@ -190,9 +188,6 @@ class MosaicLanes:
 
     def exp2(self, x: Any) -> Number:
         return self._instruction("ex2.approx.ftz.f32", x)
-
-    def log2(self, x: Any) -> Number:
-        return self._instruction("lg2.approx.ftz.f32", x)
 
     def reciprocal(self, x: Any) -> Number:
         return self._instruction("rcp.approx.ftz.f32", x)

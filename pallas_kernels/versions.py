@@ -6,14 +6,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from jax import Array
 from jax.experimental.pallas import mosaic_gpu as plgpu
-
-
-def mosaic_load(ref: Any, layout: Any) -> Array:
-    """All of `ref`, in the registers of `layout`."""
-    indices = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()  # until jax 0.11
-    return plgpu.load(ref, *indices, layout=layout, optimized=False)
 
 
 def mosaic_kernel(body: Callable, outputs: Any, scratch: Sequence[Any], **options: Any) -> Callable:

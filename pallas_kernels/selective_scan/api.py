@@ -74,8 +74,8 @@ def selective_scan(
 
     Returns:
         y `[B, L, E]` in the dtype of `u`, and the state after the last token `[B, E, N]`. The recurrence runs in float32
-        (float64 when an argument is float64), and the returned state keeps that dtype. Both results are differentiable
-        in every array argument but `segment_ids`.
+        (float64 when an argument is float64), and the returned state keeps that dtype. Both results have gradients (reverse
+        mode, first order) in every array argument but `segment_ids`, and can be mapped by `jax.vmap`.
 
     Raises:
         ValueError: a rank or size that does not fit, naming the argument.

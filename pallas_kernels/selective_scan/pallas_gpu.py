@@ -29,7 +29,8 @@ from jax import Array
 from pallas_kernels.dispatch import Call
 from pallas_kernels.lanes import ceil_div, launch
 from pallas_kernels.selective_scan.fused import Inputs, differentiable, refuse_float64
-from pallas_kernels.selective_scan.pallas_gpu_lanes import (
+from pallas_kernels.selective_scan.pallas_gpu_lanes import backward_program, forward_program, summary_program
+from pallas_kernels.selective_scan.pallas_gpu_work import (
     ALIGNED,
     PAIR,
     START,
@@ -37,13 +38,11 @@ from pallas_kernels.selective_scan.pallas_gpu_lanes import (
     TILE,
     TOGETHER,
     Plan,
-    backward_program,
-    forward_program,
     plan_forward,
     plan_split,
     shared_arrays,
-    summary_program,
 )
+from pallas_kernels.selective_scan.shapes import survives
 
 
 def refusal(call: Call) -> str | None:
@@ -53,29 +52,29 @@ def refusal(call: Call) -> str | None:
     return refuse_float64(call)
 
 
-def _pad(array: Array, axis: int, multiple: int) -> Array:
-    """`array` with zeros to a multiple of `multiple` along `axis`."""
+def _pad(array: Array, axis: int, multiple: int, mode: str = "constant") -> Array:
+    """`array` with zeros, or with its last values, to a multiple of `multiple` along `axis`."""
     missing = -array.shape[axis] % multiple
-    return jnp.pad(array, [(0, missing if k == axis else 0) for k in range(array.ndim)]) if missing else array
+    return jnp.pad(array, [(0, missing if k == axis else 0) for k in range(array.ndim)], mode=mode) if missing else array
 
 
 def _arrays(inputs: Inputs) -> tuple[dict[str, Array], list[dict[str, Array]]]:
     """The programs' inputs: those that every group of STATES states shares, and those of each group."""
     f32 = jnp.float32
-    shared = {"u": _pad(inputs.u, 2, ALIGNED), "dt": _pad(inputs.dt, 2, ALIGNED)}
+    # Channels and states that are only there to fill a group decay like the last one: at a rate of 0 they never would.
+    shared = {"u": _pad(inputs.u, 2, ALIGNED), "dt": _pad(inputs.dt, 2, ALIGNED, "edge")}
     if inputs.z is not None:
         shared["z"] = _pad(inputs.z, 2, ALIGNED)
     if inputs.dt_bias is not None:
-        shared["dt_bias"] = _pad(inputs.dt_bias.astype(f32), 0, ALIGNED)
+        shared["dt_bias"] = _pad(inputs.dt_bias.astype(f32), 0, ALIGNED, "edge")
     if inputs.segment_ids is not None:
-        same = inputs.segment_ids[:, 1:] == inputs.segment_ids[:, :-1]
-        shared["keep"] = jnp.pad(same.astype(f32), ((0, 0), (1, 0)), constant_values=1)
+        shared["keep"] = survives(inputs.segment_ids).astype(f32)
 
-    def split(array: Array) -> list[Array]:
-        array = _pad(array, array.ndim - 1, STATES)
+    def split(array: Array, mode: str = "constant") -> list[Array]:
+        array = _pad(array, array.ndim - 1, STATES, mode)
         return jnp.split(array, array.shape[-1] // STATES, axis=-1)
 
-    A = split(_pad(inputs.A.astype(f32), 0, ALIGNED))
+    A = split(_pad(inputs.A.astype(f32), 0, ALIGNED, "edge"), "edge")
     groups = [{"A": a, "BC": _pairs(b, c)} for a, b, c in zip(A, split(inputs.B), split(inputs.C), strict=True)]
     if inputs.initial_state is not None:
         for group, state in zip(groups, split(_pad(inputs.initial_state.astype(f32), 1, ALIGNED)), strict=True):

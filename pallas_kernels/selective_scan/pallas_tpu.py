@@ -30,6 +30,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.dispatch import Call
 from pallas_kernels.selective_scan.fused import Inputs, differentiable, refuse_float64
+from pallas_kernels.selective_scan.shapes import survives
 
 LOG2E = math.log2(math.e)
 SUBLANES, LANES = 8, 128
@@ -121,8 +122,7 @@ def _arrays(plan: Plan, inputs: Inputs) -> dict[str, Array]:
     f32, row = jnp.float32, {0: plan.padded_channels}
     tiles = [_pack(plan, B), _pack(plan, C)]
     if segment_ids is not None:
-        same = jnp.pad(segment_ids[:, 1:] == segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=True)
-        same = _pad(same.astype(f32), {1: plan.padded_length}, 1).reshape(plan.batch, -1, 1, GROUP)
+        same = _pad(survives(segment_ids).astype(f32), {1: plan.padded_length}, 1).reshape(plan.batch, -1, 1, GROUP)
         tiles.append(jnp.broadcast_to(same, tiles[0].shape))
     arrays = {
         "u": u,

@@ -11,6 +11,12 @@ def accumulator_dtype(*arrays: Array | None) -> jnp.dtype:
     return jnp.result_type(jnp.float32, *(array.dtype for array in arrays if array is not None))
 
 
+def survives(segment_ids: Array) -> Array:
+    """Whether the state survives into each token: bool `[B, L]`, true for the first one."""
+    same = segment_ids[:, 1:] == segment_ids[:, :-1]
+    return jnp.pad(same, ((0, 0), (1, 0)), constant_values=True)
+
+
 def check_arguments(
     u: Array,
     dt: Array,
@@ -29,8 +35,9 @@ def check_arguments(
     if A.ndim != 2:
         raise ValueError(f"selective_scan: A must be [E, N], got shape {A.shape}")
     (batch, length, channels), states = u.shape, A.shape[1]
-    if length < 1:
-        raise ValueError(f"selective_scan: u needs at least one token along L, got shape {u.shape}")
+    for name, array, sizes in (("u", u, (batch, length, channels)), ("A", A, (channels, states))):
+        if min(sizes) < 1:
+            raise ValueError(f"selective_scan: {name} needs at least one of everything, got shape {array.shape}")
     expected = {
         "dt": (dt, (batch, length, channels)),
         "A": (A, (channels, states)),

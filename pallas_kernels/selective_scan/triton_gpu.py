@@ -27,6 +27,7 @@ from jax import Array
 from pallas_kernels.dispatch import Call
 from pallas_kernels.lanes import ceil_div
 from pallas_kernels.selective_scan.fused import Inputs, differentiable, refuse_float64
+from pallas_kernels.selective_scan.shapes import survives
 
 LOG2E = math.log2(math.e)
 TILE = {"forward": 8, "backward": 2}
@@ -46,8 +47,14 @@ RESIDENT = 8 * 132
 SUMMARY_COST = 0.12
 """Time that the first kernel adds to the backward pass."""
 SHORTEST = {"forward": 96, "backward": 128}
+OFFSETS = 2**30
+"""Elements of a chunk that 32 bits can number with room to spare."""
 MOST = 64
 """Fewest tokens of a chunk, and most chunks."""
+
+
+MOST_ROWS = 65535
+"""Batch rows: they are the last axis of the grid."""
 
 
 def installed() -> str | None:
@@ -66,6 +73,9 @@ def refusal(call: Call) -> str | None:
     """Why this call cannot run here, or None."""
     if call.target.platform != "gpu" or call.target.capability < 8:
         return f"it needs a GPU of compute capability 8.0 (Ampere) or later, this is {call.target.kind}"
+    u = call.arguments["u"]
+    if u is not None and u.shape[0] > MOST_ROWS:
+        return f"a GPU starts at most {MOST_ROWS} rows of programs, the batch has {u.shape[0]}"
     return installed() or refuse_float64(call)
 
 
@@ -108,7 +118,8 @@ def _power_of_two(size: int) -> int:
 
 
 def _split(plan: Plan, chunks: int) -> Plan:
-    """The plan with its time in so many chunks, or fewer of a whole number of START tokens."""
+    """The plan with its time in so many chunks, or fewer of a whole number of START tokens; more where offsets ask for it."""
+    chunks = max(chunks, ceil_div(plan.length * plan.channels, OFFSETS))
     return plan._replace(chunk=ceil_div(ceil_div(plan.length, chunks), START) * START)
 
 
@@ -120,6 +131,7 @@ def _plan(inputs: Inputs, softplus: bool) -> Plan:
 
 
 def plan_forward(inputs: Inputs, softplus: bool) -> Plan:
+    """As many chunks as give about WARPS warps, two to a program where there are many."""
     plan = _plan(inputs, softplus)._replace(tile=TILE["forward"])
     chunks = max(1, min(round(WARPS / (plan.batch * plan.groups)), MOST, ceil_div(plan.length, SHORTEST["forward"])))
     if plan.batch * plan.groups >= PAIRED:
@@ -152,9 +164,14 @@ def _by_jax_triton(
     from pallas_kernels.selective_scan import triton_gpu_kernels
 
     kernel = getattr(triton_gpu_kernels, name)
-    return jax_triton.triton_call(
-        *inputs, kernel=kernel, out_shape=outputs, grid=grid, num_warps=warps, num_stages=1, **options
-    )
+
+    @jax.custom_batching.sequential_vmap  # jax-triton has no vmap
+    def call(*inputs: Array) -> list[Array]:
+        return jax_triton.triton_call(
+            *inputs, kernel=kernel, out_shape=outputs, grid=grid, num_warps=warps, num_stages=1, **options
+        )
+
+    return call(*inputs)
 
 
 def _arrays(plan: Plan, inputs: Inputs) -> dict[str, Array]:
@@ -162,8 +179,8 @@ def _arrays(plan: Plan, inputs: Inputs) -> dict[str, Array]:
     f32 = jnp.float32
     keep = inputs.u
     if inputs.segment_ids is not None:
-        same = inputs.segment_ids[:, 1:] == inputs.segment_ids[:, :-1]
-        keep = jnp.pad(same.astype(f32), ((0, 0), (1, plan.padded_length - plan.length)), constant_values=1)
+        missing = plan.padded_length - plan.length
+        keep = jnp.pad(survives(inputs.segment_ids).astype(f32), ((0, 0), (0, missing)), constant_values=1)
     optional = {"D": inputs.D, "dt_bias": inputs.dt_bias}
     return {
         "u": inputs.u,

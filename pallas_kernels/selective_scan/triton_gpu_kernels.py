@@ -1,7 +1,8 @@
 """The Triton kernels of `triton_gpu`, which says how they divide the work and what their arrays hold.
 
-A program of one warp works on a tile of states `[STATES, BLOCK]`, channels along the lanes. Arrays are read TILE tokens at a
-time, so that the loads of a tile are all under way before the recurrence needs the first.
+A program of one or two warps works on a tile of states `[STATES, BLOCK]`, channels along the lanes. Arrays are read TILE
+tokens at a time, so that the loads of a tile are all under way before the recurrence needs the first. Offsets into an array
+of tokens and channels are 32-bit within a chunk and 64-bit beyond.
 """
 
 from __future__ import annotations
@@ -71,27 +72,29 @@ def summary_kernel(
     Forward, `wide` is u and `rows` B. In reverse, for the adjoint, they are dy and C, and time runs backwards.
     """
     chunk, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    begin = chunk * CHUNK
+    origin = (row * LENGTH + begin) * CHANNELS
     channel, n = tl.multiple_of(tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), 1), tl.arange(0, STATES)
     inside = channel < CHANNELS
     states, known = n[:, None] * CHANNELS + channel[None, :], inside[None, :] & (n[:, None] < STATES)
     A_tile = tl.load(A + states, mask=known, other=0.0)
     bias = _wide(dt_bias, channel, inside) if BIAS else tl.zeros([BLOCK], tl.float32)
     h, total = tl.zeros([STATES, BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
-    wide += row * LENGTH * CHANNELS
-    gate += row * LENGTH * CHANNELS
-    dt += row * LENGTH * CHANNELS
+    wide += origin
+    gate += origin
+    dt += origin
     rows += row * CHUNKS * CHUNK * STATES
     keep += row * CHUNKS * CHUNK
     for k in range(CHUNK // TILE):
-        first = chunk * CHUNK + (CHUNK - TILE - k * TILE if REVERSE else k * TILE)
+        first = begin + (CHUNK - TILE - k * TILE if REVERSE else k * TILE)
         raws, values, gates = (), (), ()
         for i in tl.static_range(TILE):
             t = first + (TILE - 1 - i if REVERSE else i)
             here = _inside(channel, t, LENGTH, CHANNELS)
-            raws = raws + (_wide(dt, t * CHANNELS + channel, here),)
-            values = values + (_wide(wide, t * CHANNELS + channel, here),)
+            raws = raws + (_wide(dt, (t - begin) * CHANNELS + channel, here),)
+            values = values + (_wide(wide, (t - begin) * CHANNELS + channel, here),)
             if GATE:
-                gates = gates + (_wide(gate, t * CHANNELS + channel, here),)
+                gates = gates + (_wide(gate, (t - begin) * CHANNELS + channel, here),)
         for i in tl.static_range(TILE):
             t = first + (TILE - 1 - i if REVERSE else i)
             row_n = tl.load(rows + t * STATES + n)
@@ -126,6 +129,8 @@ def forward_kernel(
 ):  # fmt: skip
     """y, the final state and, where STARTS, the state before every START-th token."""
     chunk, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    begin = chunk * CHUNK
+    origin = (row * LENGTH + begin) * CHANNELS
     channel, n = tl.multiple_of(tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), 1), tl.arange(0, STATES)
     inside = channel < CHANNELS
     states, known = n[:, None] * CHANNELS + channel[None, :], inside[None, :] & (n[:, None] < STATES)
@@ -133,23 +138,23 @@ def forward_kernel(
     bias = _wide(dt_bias, channel, inside) if BIAS else tl.zeros([BLOCK], tl.float32)
     skip = _wide(D, channel, inside) if SKIP else tl.zeros([BLOCK], tl.float32)
     h = _entering(enter, sums, increments, A_tile, chunk, row, channel, states, known, CHANNELS, STATES, CHUNKS, False)
-    u += row * LENGTH * CHANNELS
-    dt += row * LENGTH * CHANNELS
-    z += row * LENGTH * CHANNELS
-    y += row * LENGTH * CHANNELS
+    u += origin
+    dt += origin
+    z += origin
+    y += origin
     B += row * CHUNKS * CHUNK * STATES
     C += row * CHUNKS * CHUNK * STATES
     keep += row * CHUNKS * CHUNK
     starts += row * tl.cdiv(LENGTH, START) * STATES * CHANNELS
     for k in range(CHUNK // TILE):
-        first = chunk * CHUNK + k * TILE
+        first = begin + k * TILE
         if STARTS:
             if first % START == 0 and first < LENGTH:
-                tl.store(starts + (first // START) * (STATES * CHANNELS) + states, h, mask=known)
+                tl.store(starts + (first // START).to(tl.int64) * (STATES * CHANNELS) + states, h, mask=known)
         us, raws, gates, outs = (), (), (), ()
         for i in tl.static_range(TILE):
             here = _inside(channel, first + i, LENGTH, CHANNELS)
-            place = (first + i) * CHANNELS + channel
+            place = (first + i - begin) * CHANNELS + channel
             us, raws = us + (_wide(u, place, here),), raws + (_wide(dt, place, here),)
             if GATE:
                 gates = gates + (_wide(z, place, here),)
@@ -170,7 +175,7 @@ def forward_kernel(
             outs = outs + (out.to(y.dtype.element_ty),)
         # Last, so that no load waits behind a store that it might have to see.
         for i in tl.static_range(TILE):
-            place = (first + i) * CHANNELS + channel
+            place = (first + i - begin) * CHANNELS + channel
             tl.store(y + place, outs[i], mask=_inside(channel, first + i, LENGTH, CHANNELS))
     if chunk == CHUNKS - 1:
         tl.store(final + row * STATES * CHANNELS + states, h, mask=known)
@@ -186,15 +191,17 @@ def backward_kernel(
 ):  # fmt: skip
     """All gradients. The sums over channels, of dB and dC, add up over STRIPS strips in `d_rows`, one after the other."""
     group, chunk, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    begin = chunk * CHUNK
+    origin = (row * LENGTH + begin) * CHANNELS
     n = tl.arange(0, STATES)
     c = row * CHUNKS + chunk
-    u += row * LENGTH * CHANNELS
-    dt += row * LENGTH * CHANNELS
-    z += row * LENGTH * CHANNELS
-    dy += row * LENGTH * CHANNELS
-    du += row * LENGTH * CHANNELS
-    ddt += row * LENGTH * CHANNELS
-    dz += row * LENGTH * CHANNELS
+    u += origin
+    dt += origin
+    z += origin
+    dy += origin
+    du += origin
+    ddt += origin
+    dz += origin
     B += row * CHUNKS * CHUNK * STATES
     C += row * CHUNKS * CHUNK * STATES
     keep += row * CHUNKS * CHUNK
@@ -216,16 +223,16 @@ def backward_kernel(
         A_sum = tl.zeros([STATES, BLOCK], tl.float32)
         D_sum, bias_sum = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
         for k in range(CHUNK // START):
-            kept = (chunk * CHUNK + CHUNK - START) // START - k
+            kept = (begin + CHUNK - START) // START - k
             if kept * START < LENGTH:
                 # The states before each tile of these START tokens, each lane's own to write and read.
-                h = tl.load(starts + kept * (STATES * CHANNELS) + states, mask=known, other=0.0)
+                h = tl.load(starts + kept.to(tl.int64) * (STATES * CHANNELS) + states, mask=known, other=0.0)
                 for part in range(START // TILE - 1):
                     tl.store(saved + part * (STATES * BLOCK) + own, h)
                     first = kept * START + part * TILE
                     us, raws = (), ()
                     for i in tl.static_range(TILE):
-                        here, place = _inside(channel, first + i, LENGTH, CHANNELS), (first + i) * CHANNELS + channel
+                        here, place = _inside(channel, first + i, LENGTH, CHANNELS), (first + i - begin) * CHANNELS + channel
                         us, raws = us + (_wide(u, place, here),), raws + (_wide(dt, place, here) + bias,)
                     for i in tl.static_range(TILE):
                         B_row = tl.load(B + (first + i) * STATES + n)
@@ -241,7 +248,7 @@ def backward_kernel(
                     h = tl.load(saved + part * (STATES * BLOCK) + own)
                     us, raws, steps, gates, slopes, befores, B_rows, C_rows = (), (), (), (), (), (), (), ()
                     for i in tl.static_range(TILE):
-                        here, place = _inside(channel, first + i, LENGTH, CHANNELS), (first + i) * CHANNELS + channel
+                        here, place = _inside(channel, first + i, LENGTH, CHANNELS), (first + i - begin) * CHANNELS + channel
                         us, raws = us + (_wide(u, place, here),), raws + (_wide(dt, place, here) + bias,)
                         slopes = slopes + (_wide(dy, place, here),)
                         B_rows = B_rows + (tl.load(B + (first + i) * STATES + n),)
@@ -263,7 +270,7 @@ def backward_kernel(
                         if i < TILE - 1:
                             h = decay * befores[i] + B_row[:, None] * x[None, :]
                         slope = slopes[i]
-                        here, place = _inside(channel, t, LENGTH, CHANNELS), t * CHANNELS + channel
+                        here, place = _inside(channel, t, LENGTH, CHANNELS), (t - begin) * CHANNELS + channel
                         if GATE:
                             sigmoid = _sigmoid(gates[i])
                             plain = tl.sum(h * C_row[:, None], axis=0) + skip * us[i]

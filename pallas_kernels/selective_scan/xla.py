@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from pallas_kernels.selective_scan.shapes import accumulator_dtype
+from pallas_kernels.selective_scan.shapes import accumulator_dtype, survives
 
 CHUNK = 16
 
@@ -85,8 +85,7 @@ def _many_tokens(
         state = initial_state.astype(x.dtype).swapaxes(1, 2)
     keep = None
     if segment_ids is not None:
-        same = segment_ids[:, 1:] == segment_ids[:, :-1]
-        keep = jnp.pad(same, ((0, 0), (1, 0)), constant_values=True).astype(x.dtype)
+        keep = survives(segment_ids).astype(x.dtype)
     size = min(CHUNK, length)
     tokens = jax.tree.map(lambda array: _split(array, size), Tokens(x, step, B, C, keep))
     y, state = _recurrence(tokens, A.T, state)

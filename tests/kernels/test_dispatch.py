@@ -8,7 +8,7 @@ import pytest
 
 from pallas_kernels import dispatch
 from pallas_kernels.dispatch import Implementation, Target, explain, resolve
-from pallas_kernels.selective_scan import explain_selective_scan
+from pallas_kernels.selective_scan import explain_selective_scan, triton_gpu
 
 TABLE = {
     "fast": Implementation(
@@ -85,6 +85,25 @@ def test_the_target_is_the_default_device_or_the_mesh_in_force():
     with jax.sharding.use_abstract_mesh(mesh):
         jax.eval_shape(traced, 1.0)
     assert seen == [Target("tpu", "TPU v5 lite")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "capability", "length", "chosen"),
+    [("gpu", 9.0, 31, "xla"), ("gpu", 9.0, 32, "pallas_gpu"), ("gpu", 8.0, 32, "triton_gpu"), ("gpu", 7.5, 32, "xla"),
+     ("tpu", 0.0, 31, "xla"), ("tpu", 0.0, 32, "pallas_tpu"), ("cpu", 0.0, 32, "xla")],
+)  # fmt: skip
+def test_the_scan_chooses_by_platform_and_length(kind, capability, length, chosen, monkeypatch):
+    monkeypatch.delenv(dispatch.OVERRIDE, raising=False)
+    monkeypatch.setattr(dispatch, "target", lambda: Target(kind, "a device", capability))
+    monkeypatch.setattr(triton_gpu, "installed", lambda: None)
+    x, s = jax.ShapeDtypeStruct((2, length, 32), jnp.bfloat16), jax.ShapeDtypeStruct((2, length, 16), jnp.bfloat16)
+    text = explain_selective_scan(u=x, dt=x, A=jax.ShapeDtypeStruct((32, 16), jnp.float32), B=s, C=s)
+    assert f"\n{chosen}: runs" in text
+    monkeypatch.setattr(triton_gpu, "installed", lambda: "not installed")
+    if chosen == "triton_gpu":
+        text = explain_selective_scan(u=x, dt=x, A=jax.ShapeDtypeStruct((32, 16), jnp.float32), B=s, C=s)
+        assert "triton_gpu: cannot: not installed" in text
+        assert "\nxla: runs" in text
 
 
 def test_the_scan_explains_itself():

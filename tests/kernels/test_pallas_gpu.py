@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.dispatch import Call, Target
-from pallas_kernels.selective_scan import pallas_gpu_lanes, selective_scan
+from pallas_kernels.selective_scan import pallas_gpu_lanes, pallas_gpu_work, selective_scan
 from pallas_kernels.selective_scan.pallas_gpu import refusal, scan_gpu, selective_scan_gpu
 
 OPTIONS = ("D", "z", "dt_bias", "initial_state", "segment_ids")
@@ -53,6 +53,21 @@ def test_lowers_for_cuda(size, dtype, without, dt_softplus):
     assert [(x.shape, x.dtype) for x in results] == [(size[:3], dtype), ((size[0], *size[2:]), jnp.float32)]
 
 
+@pytest.mark.parametrize("size", [(8, 256, 2304, 16), (16, 256, 2304, 16), (1, 2048, 2304, 16)])
+@pytest.mark.parametrize("wide", [("dt",), ("u",), ("z",), ("B",)])
+def test_mixed_dtypes_lower_for_cuda(size, wide):
+    """Narrow strips, wide ones, and chunks of time; the models pass dt in float32 and u in bfloat16."""
+    arguments = shapes(*size, jnp.bfloat16)
+    arguments |= {name: jax.ShapeDtypeStruct(arguments[name].shape, jnp.float32) for name in wide}
+    segment_ids = arguments.pop("segment_ids")
+
+    def loss(arguments):
+        return jnp.sum(scan(arguments | {"segment_ids": None})[0].astype(jnp.float32))
+
+    assert segment_ids is not None
+    lower(jax.grad(loss), arguments)
+
+
 def test_gradients_lower_for_cuda_and_keep_dtypes():
     arguments = shapes(2, 63, 130, 8, jnp.bfloat16)
     segment_ids = arguments.pop("segment_ids")
@@ -89,17 +104,39 @@ def close(got, wanted):
 def test_time_in_chunks_gives_what_one_chunk_gives(shift, segments, monkeypatch):
     """With small steps states pass through all chunks; with large ones the walk for what a chunk hands on ends early."""
     whole = everything(segments, shift)
-    assert pallas_gpu_lanes.plan_forward(2, 200, 72, True).chunks == 1
-    monkeypatch.setattr(pallas_gpu_lanes, "SPAN", 32)
-    assert pallas_gpu_lanes.plan_forward(2, 200, 72, True).chunks > 3
+    assert pallas_gpu_work.plan_forward(2, 200, 72, True).chunks == 1
+    monkeypatch.setattr(pallas_gpu_work, "SPAN", 32)
+    assert pallas_gpu_work.plan_forward(2, 200, 72, True).chunks > 3
     jax.tree.map(close, everything(segments, shift), whole)
+
+
+@pytest.mark.parametrize("size", [(1, 512, 64, 16), (1, 512, 72, 16), (1, 512, 64, 8), (1, 512, 60, 24)])
+def test_the_walk_back_through_a_chunk_ends_early(size, monkeypatch):
+    """With large steps after a tile or two, also where lanes have channels or states that are not there."""
+    monkeypatch.setattr(pallas_gpu_work, "SPAN", 128)
+    tiles = []
+    real = pallas_gpu_lanes.Work.steps
+    monkeypatch.setattr(pallas_gpu_lanes.Work, "steps", lambda work, dt, time: tiles.append(1) or real(work, dt, time))
+    r = np.random.default_rng(0)
+    empty = shapes(*size, jnp.float32, without=("segment_ids", "initial_state"))
+    arguments = {name: jnp.asarray(r.standard_normal(x.shape), jnp.float32) for name, x in empty.items() if x is not None}
+    arguments["A"] = -1 - jnp.abs(arguments["A"])
+    counts = {}
+    for shift in (-7.0, 12.0):
+        tiles.clear()
+        jax.block_until_ready(scan_gpu(interpret=True)(**arguments | {"dt": arguments["dt"] + shift}))
+        counts[shift] = len(tiles)
+    chunks = pallas_gpu_work.plan_forward(*size[:3], True).chunks
+    blocks = counts[-7.0] // (512 // 16 + (chunks - 1) * (128 // 16))
+    assert chunks == 4
+    assert counts[12.0] <= blocks * (512 // 16 + (chunks - 1) * 2)
 
 
 def test_narrow_strips_give_what_wide_ones_give(monkeypatch):
     wide = everything(segments=True)
-    assert pallas_gpu_lanes.plan_forward(2, 200, 72, True).strip == 64
-    monkeypatch.setattr(pallas_gpu_lanes, "NARROW", 0)
-    assert pallas_gpu_lanes.plan_forward(2, 200, 72, True).strip == 32
+    assert pallas_gpu_work.plan_forward(2, 200, 72, True).strip == 64
+    monkeypatch.setattr(pallas_gpu_work, "NARROW", 0)
+    assert pallas_gpu_work.plan_forward(2, 200, 72, True).strip == 32
     jax.tree.map(close, everything(segments=True), wide)
 
 
@@ -109,7 +146,7 @@ def test_narrow_strips_give_what_wide_ones_give(monkeypatch):
      ((1, 2048, 2304), 4, 11), ((1, 65536, 2304), 4, 33), ((1, 64, 2304), 4, 1)],
 )  # fmt: skip
 def test_small_batches_are_divided_until_they_fill_a_gpu(size, own, chunks):
-    plan = pallas_gpu_lanes.plan_forward(*size, True)
+    plan = pallas_gpu_work.plan_forward(*size, True)
     assert (plan.own, plan.chunks) == (own, chunks)
 
 

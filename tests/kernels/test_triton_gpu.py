@@ -16,6 +16,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from pallas_kernels.dispatch import Call, Target
@@ -96,6 +97,32 @@ def test_compiles_ahead_of_time(capability, dtype, options):
     assert all(size > 0 for _, size in seen)
 
 
+def test_several_strips_and_warps_give_what_one_gives(monkeypatch):
+    """The divisions of large calls, whose sums over channels a program adds up strip by strip, at a small size."""
+    pytest.importorskip("triton", reason="needs triton: pip install 'blackmamba-jax[triton]'")
+    pytest.importorskip("torch", reason="needs torch: pip install 'blackmamba-jax[parity]'")
+    from test_selective_scan import make, run
+
+    arguments = make(70, batch=1, channels=130, states=16, dtype=np.float32)
+    segments = np.arange(70)[None] // 30
+    cotangents = jnp.ones((1, 70, 130)), jnp.ones((1, 130, 16))
+    results = [run(arguments, segments, cotangents, form="triton_gpu, interpreted", dt_softplus=True)]
+    monkeypatch.setattr(triton_gpu, "RESIDENT", 1)
+    monkeypatch.setattr(triton_gpu, "PAIRED", 1)
+    assert plan_backward(shapes(1, 70, 130, 16), True).strips == 4
+    assert plan_forward(shapes(1, 70, 130, 16), True).warps == 2
+    jax.clear_caches()
+    results.append(run(arguments, segments, cotangents, form="triton_gpu, interpreted", dt_softplus=True))
+    # Some hundred terms in another order, each float32's rounding of the largest value.
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=1e-5 * float(jnp.max(jnp.abs(y)))), *results)
+
+
+def test_offsets_within_a_chunk_fit_32_bits():
+    for size in ((1, 1 << 20, 2304), (600, 1 << 20, 4096), (65535, 1 << 22, 2048)):
+        for plan in (plan_forward(shapes(*size, 16), True), plan_backward(shapes(*size, 16), True)):
+            assert plan.chunk * plan.channels < 2**31
+
+
 @pytest.mark.parametrize("states", [8, 16, 64])
 @pytest.mark.parametrize("size", [(1, 1, 8), (2, 63, 130), (8, 2048, 2304), (1, 65536, 2304), (64, 2048, 2304)])
 def test_a_plan_covers_every_token_and_channel(size, states):
@@ -127,6 +154,11 @@ def test_refuses_what_it_cannot_serve(platform, capability, installed, reason, m
     monkeypatch.setattr(triton_gpu.importlib.metadata, "version", version)
     given = refusal(Call(Target(platform, "a device", capability), shapes(2, 64, 64, 16)._asdict()))
     assert given == reason if reason is None else reason in given
+
+
+def test_refuses_more_rows_than_a_grid_has(monkeypatch):
+    monkeypatch.setattr(triton_gpu.importlib.metadata, "version", lambda name: "0.3.1")
+    assert "at most 65535" in refusal(Call(Target("gpu", "a device", 8.0), shapes(65536, 1, 8, 16)._asdict()))
 
 
 def test_named_on_another_machine_it_is_refused_with_the_reason():
