@@ -1,4 +1,4 @@
-"""The mixture-of-experts layer: route, sort tokens by expert, grouped products, undo the sort, weigh by the gates."""
+"""The mixture-of-experts layer: route every token, drop what exceeds a capacity, run the experts."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from bm_jax.config import ModelConfig, MoeConfig
+from bm_jax.expert_parallel import apply_experts
 from bm_jax.initialization import Parameter, linear, zeros
-from bm_jax.layers import Context, activate, hidden_shape
+from bm_jax.layers import Context, hidden_shape
 from bm_jax.routing import Routing, Statistics, jitter, route
 from bm_jax.shapes import Hidden
-from pallas_kernels.grouped_matmul import grouped_matmul
 
 
 def moe_parameters(config: ModelConfig) -> dict[str, Parameter]:
@@ -64,8 +64,8 @@ def moe(
         routing = route(logits, config.moe, training=training, mask=mask)
     with jax.named_scope("experts"):
         capacity = expert_capacity(len(tokens), config.moe) if training else None
-        y, dropped = run_experts(parameters, tokens.astype(dtype), routing, config.moe, mask=mask, capacity=capacity)
-    return y.reshape(x.shape), routing.statistics._replace(dropped=dropped)
+        y, dropped = run_experts(parameters, x.astype(dtype), routing, config.moe, mask=mask, capacity=capacity)
+    return y, routing.statistics._replace(dropped=dropped)
 
 
 def expert_capacity(tokens: int, config: MoeConfig) -> int | None:
@@ -84,46 +84,30 @@ def run_experts(
     mask: Array | None = None,
     capacity: int | None = None,
 ) -> tuple[Array, Array]:
-    """Apply to each token `[T, M]` the experts of `routing`, weighed by the gates.
+    """Apply to each token `[B, L, M]` the experts of `routing`, weighed by the gates.
 
-    Assignments are sorted by expert, so that each expert's rows are consecutive, multiplied in one grouped product and
-    put back. With a capacity, an expert keeps its first assignments in token order and drops the rest; a token whose
-    assignments are all dropped gets zero.
+    With a capacity, an expert keeps its first assignments in token order and drops the rest; a token whose assignments are
+    all dropped gets zero.
 
     Returns:
-        `[T, M]` in the dtype of `tokens`, and the fraction of assignments dropped (of tokens not masked).
+        `[B, L, M]` in the dtype of `tokens`, and the fraction of assignments dropped (of tokens not masked).
     """
-    T, K = routing.index.shape
-    X = config.experts
+    X, shape = config.experts, (*tokens.shape[:-1], -1)
     expert = routing.index if mask is None else jnp.where(mask[:, None], routing.index, X)  # X: no expert
-    expert = expert.reshape(-1)
-    wanted = jnp.sum(expert[:, None] == jnp.arange(X), axis=0)
-    group_sizes, dropped = wanted, jnp.zeros((), jnp.float32)
-    order = jnp.argsort(expert, stable=True)
+    dropped = jnp.zeros((), jnp.float32)
     if capacity is not None:
-        rank = jnp.arange(T * K) - (jnp.cumsum(wanted) - wanted)[jnp.minimum(expert[order], X - 1)]
-        kept = jnp.zeros(T * K, bool).at[order].set(rank < capacity)
-        expert = jnp.where(kept, expert, X)
-        order = jnp.argsort(expert, stable=True)
-        group_sizes = jnp.minimum(wanted, capacity)
-        dropped = 1 - jnp.sum(group_sizes) / jnp.maximum(jnp.sum(wanted), 1)
-
-    place = jnp.argsort(order)
-    rows = permute(jnp.repeat(tokens, K, axis=0), order, place)
-    w_in, w_out = (parameters[name].astype(tokens.dtype) for name in ("w_in", "w_out"))
-    hidden = grouped_matmul(rows, w_in.reshape(X, w_in.shape[1], -1), group_sizes)
-    hidden = activate(hidden.reshape(-1, *w_in.shape[2:]), config.activation)
-    out = permute(grouped_matmul(hidden, w_out, group_sizes), place, order).reshape(T, K, -1)
-    return jnp.sum(out * routing.gate[..., None].astype(out.dtype), axis=1), dropped
+        expert, dropped = _drop(expert, X, capacity)
+    y = apply_experts(
+        parameters["w_in"], parameters["w_out"], tokens, expert.reshape(shape), routing.gate.reshape(shape), config.activation
+    )
+    return y, dropped
 
 
-@jax.custom_vjp
-def permute(x: Array, order: Array, inverse: Array) -> Array:
-    """x[order] along the first axis, for a permutation and its inverse; the gradient is a gather too, not a scatter."""
-    return x[order]
-
-
-permute.defvjp(
-    lambda x, order, inverse: (x[order], inverse),
-    lambda inverse, cotangent: (cotangent[inverse], None, None),
-)
+def _drop(expert: Array, experts: int, capacity: int) -> tuple[Array, Array]:
+    """`expert` `[T, K]` without the assignments past each expert's first `capacity`, and the fraction of them."""
+    flat = expert.reshape(-1)
+    wanted = jnp.sum(flat[:, None] == jnp.arange(experts), axis=0)
+    order = jnp.argsort(flat, stable=True)
+    rank = jnp.argsort(order) - (jnp.cumsum(wanted) - wanted)[jnp.minimum(flat, experts - 1)]
+    kept = jnp.where(rank < capacity, flat, experts).reshape(expert.shape)
+    return kept, 1 - jnp.sum(jnp.minimum(wanted, capacity)) / jnp.maximum(jnp.sum(wanted), 1)

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -128,6 +130,32 @@ def layout(shape: tuple[int, ...], *axes: str | None) -> PartitionSpec:
         return names if size % parts == 0 else None
 
     return P(*(entry(size, axis) for size, axis in zip(shape, axes, strict=True)))
+
+
+def map_shards(
+    function: Callable[..., Any], arguments: Mapping[str, Array | None], specs: Mapping[str, P], results: Any
+) -> Any:
+    """`function(**arguments)` on each device's shards of the arguments; those that are None are left out."""
+    present = {name: array for name, array in arguments.items() if array is not None}
+    dtypes = {name: array.dtype for name, array in present.items()}
+
+    def shard(arrays: dict[str, Array]) -> Any:
+        return function(**{name: array.astype(dtypes[name]) for name, array in arrays.items()})
+
+    wide = {name: _widen(array, specs[name]) for name, array in present.items()}
+    # Not checked for replication: the operators' loops start from constants, which the check takes to be replicated.
+    mapped = jax.shard_map(shard, in_specs=({name: specs[name] for name in present},), out_specs=results, check_vma=False)
+    return mapped(wide)
+
+
+def _widen(array: Array, spec: P) -> Array:
+    """At least float32 if several devices have the same part of it: the gradient is the sum of theirs."""
+    mesh = jax.sharding.get_abstract_mesh()
+    named = [name for entry in spec if entry is not None for name in ((entry,) if isinstance(entry, str) else entry)]
+    copies = mesh.size // math.prod(mesh.shape[name] for name in named)
+    if copies == 1 or not jnp.issubdtype(array.dtype, jnp.floating):
+        return array
+    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
 
 
 def constrain(x: Array, *axes: str | None) -> Array:

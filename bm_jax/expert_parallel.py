@@ -1,0 +1,110 @@
+"""The experts on a mesh: the only shard_map of the experts.
+
+Each device holds `X / expert` experts, split further over `fsdp` (gathered here) and `tensor` (whose shares of the output are
+summed). Tokens lie split over the batch axes and `sequence`. A device sorts its assignments by the device of their expert
+along the `expert` axis, sends each of these devices its rows by all_to_all, in room for `SLACK` times the mean or, where
+one gets more, for all; runs its own experts on what it receives; and gets its rows back the same way.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import cast
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.sharding import PartitionSpec as P
+
+from bm_jax.config import Activation
+from bm_jax.experts import apply_experts as apply_on_one_device
+from bm_jax.experts import expert_products, take_rows, weigh
+from bm_jax.sharding import AXES, layout, map_shards, parameter_spec
+
+SLACK = 1.25
+"""Room for rows sent to one device, over the mean."""
+
+
+def apply_experts(w_in: Array, w_out: Array, tokens: Array, expert: Array, gate: Array, activation: Activation) -> Array:
+    """`bm_jax.experts.apply_experts` for tokens `[B, L, M]`, expert and gate `[B, L, K]`, weights of any float dtype."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        flat, index, weights = (array.reshape(-1, array.shape[-1]) for array in (tokens, expert, gate))
+        w_in, w_out = w_in.astype(tokens.dtype), w_out.astype(tokens.dtype)
+        return apply_on_one_device(w_in, w_out, flat, index, weights, activation).reshape(tokens.shape)
+    split = layout(tokens.shape, "batch", "sequence", None)
+    specs = {
+        name: P(*parameter_spec(f"periods/layer/moe/{name}", w.ndim + 1)[1:]) for name, w in (("w_in", w_in), ("w_out", w_out))
+    }
+    arguments = {"w_in": w_in, "w_out": w_out, "tokens": tokens, "expert": expert, "gate": gate}
+    specs |= dict.fromkeys(("tokens", "expert", "gate"), split)
+    return map_shards(functools.partial(_shard, activation=activation), arguments, specs, split)
+
+
+def _shard(w_in: Array, w_out: Array, tokens: Array, expert: Array, gate: Array, activation: Activation) -> Array:
+    """One device's tokens through all experts, from its share of the weights."""
+    shape = tokens.shape
+    tokens, expert, gate = (array.reshape(-1, array.shape[-1]) for array in (tokens, expert, gate))
+    w_in, w_out = (cast(Array, _gather(w, axis, tokens.dtype)) for w, axis in ((w_in, 1), (w_out, 2)))
+    T, K = expert.shape
+    rows, assigned = jnp.repeat(tokens, K, axis=0), expert.reshape(-1)
+    if lax.axis_size("expert") == 1:
+        out = _products(w_in, w_out, rows, assigned, activation)
+    else:
+        out = _exchanged(w_in, w_out, rows, assigned, activation)
+    return weigh(out.reshape(T, K, -1), gate).reshape(shape)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(w: Array, axis: int, dtype: jnp.dtype) -> Array:
+    """The whole of a weight that `fsdp` splits along `axis`, sent in `dtype`; its gradient is summed in the weight's own."""
+    return lax.all_gather(w.astype(dtype), "fsdp", axis=axis, tiled=True)
+
+
+_gather.defvjp(
+    lambda w, axis, dtype: (_gather(w, axis, dtype), jnp.zeros((), w.dtype)),
+    lambda axis, dtype, like, d: (lax.psum_scatter(d.astype(like.dtype), "fsdp", scatter_dimension=axis, tiled=True),),
+)
+
+
+def _products(w_in: Array, w_out: Array, rows: Array, expert: Array, activation: Activation) -> Array:
+    out = expert_products(w_in, w_out, rows, expert, activation)
+    return lax.psum(out, "tensor")
+
+
+def _exchanged(w_in: Array, w_out: Array, rows: Array, expert: Array, activation: Activation) -> Array:
+    """`_products` where the rows' experts live on any device of the `expert` axis."""
+    devices, own, count = lax.axis_size("expert"), len(w_in), len(rows)
+    peer = expert // own  # `devices` for no expert
+    sizes = jnp.sum(peer[:, None] == jnp.arange(devices), axis=0)
+    order = jnp.argsort(peer, stable=True)
+    rank = jnp.argsort(order) - (jnp.cumsum(sizes) - sizes)[jnp.minimum(peer, devices - 1)]
+    local = (expert % own).astype(jnp.int32)
+
+    def through(room: int, w_in: Array, w_out: Array, rows: Array) -> Array:
+        """With room for so many rows from each device to each."""
+        place = jnp.arange(devices * room) % room
+        starts = jnp.repeat(jnp.cumsum(sizes) - sizes, room)
+        filled = place < jnp.repeat(sizes, room)
+        index = order[jnp.minimum(starts + place, count - 1)]
+        slot = jnp.clip(peer * room + rank, 0, devices * room - 1)
+        placed = peer < devices
+
+        def swap(x: Array) -> Array:
+            return lax.all_to_all(x.reshape(devices, room, -1), "expert", 0, 0).reshape(devices * room, -1)
+
+        with jax.named_scope("all_to_all"):
+            there = swap(take_rows(rows, index, slot, filled, placed))
+            there_expert = swap(jnp.where(filled, local[index], own)[:, None])[:, 0]
+        out = _products(w_in, w_out, there, there_expert, activation)
+        with jax.named_scope("all_to_all"):
+            return take_rows(swap(out), slot, index, placed, filled)
+
+    room = min(count, math.ceil(SLACK * count / devices / 8) * 8)
+    if room == count:
+        return through(count, w_in, w_out, rows)
+    # The same on every device, as both branches exchange rows.
+    fits = lax.pmax(jnp.max(sizes), AXES) <= room
+    branches = (functools.partial(through, size) for size in (room, count))
+    return lax.cond(fits, *branches, w_in, w_out, rows)

@@ -1,0 +1,150 @@
+"""Models whose experts and parameters a mesh splits, against the same models on one device; `check_*` run with eight."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bm_jax.config import AttentionConfig, MambaConfig, MeshConfig, ModelConfig, MoeConfig
+from bm_jax.loss import next_token_loss
+from bm_jax.model import init_parameters
+from bm_jax.moe import run_experts
+from bm_jax.routing import Routing, route
+from bm_jax.sharding import batch_sharding, make_mesh, parameter_shardings
+
+HERE = Path(__file__).resolve().parent
+BLACKMAMBA = ModelConfig(
+    layers=("mamba", "moe"),
+    repeats=1,
+    vocab_size=32,
+    width=16,
+    mamba=MambaConfig(state_size=4),
+    attention=AttentionConfig(heads=8, kv_heads=8, head_size=4),
+    moe=MoeConfig(experts=8, width=8),
+    compute_dtype="float64",
+    residual_dtype="float64",
+)
+
+
+def like(**changes):
+    moe = changes.pop("moe", {})
+    return dataclasses.replace(BLACKMAMBA, moe=dataclasses.replace(BLACKMAMBA.moe, **moe), **changes)
+
+
+MODELS = {
+    "blackmamba": BLACKMAMBA,
+    "moe_mamba": like(moe={"router": "switch", "capacity_factor": 1.0, "load_balance_loss": 0.01}),
+    "transformer_moe": like(layers=("attention", "moe"), moe={"router": "topk", "top_k": 2, "normalize_gates": True}),
+    "jamba": like(
+        layers=("mamba", "mlp", "attention", "moe"), mamba=MambaConfig(state_size=4, inner_norms=True),
+        moe={"router": "topk", "top_k": 2, "router_z_loss": 0.001},
+    ),
+}  # fmt: skip
+AXES = ("data", "fsdp", "expert", "tensor")
+MESHES = [sizes for sizes in itertools.product((1, 2, 4, 8), repeat=4) if np.prod(sizes) == 8]
+
+
+def in_eight_devices(run_with_devices, call):
+    source = f"""
+import sys
+sys.path[:0] = [{str(HERE)!r}]
+import test_expert_parallel
+test_expert_parallel.{call}
+print("agrees")
+"""
+    assert "agrees" in run_with_devices(source, devices=8, timeout=580)
+
+
+def random_parameters(config):
+    r = np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda: init_parameters(config, jax.random.key(0)))
+    return jax.tree.map(lambda leaf: jnp.asarray(0.3 * r.standard_normal(leaf.shape)), shapes)
+
+
+def assert_close(got, wanted, tolerance=1e-10):
+    # float64: some thousand terms in another order, each rounded by 1e-16 of the largest.
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(wanted), strict=True):
+        a, b = np.asarray(a), np.asarray(b)
+        scale = max(np.abs(b).max(), 1e-6)
+        np.testing.assert_allclose(a / scale, b / scale, rtol=0, atol=tolerance, err_msg=jax.tree_util.keystr(path))
+
+
+def mesh_of(sizes):
+    return make_mesh(MeshConfig(**dict(zip(AXES, sizes, strict=True))))
+
+
+def check_model(name):
+    """Loss, as trained, and every gradient, on every mesh of eight devices."""
+    config = MODELS[name]
+    with jax.enable_x64(True):
+        r = np.random.default_rng(1)
+        parameters = random_parameters(config)
+        segments = np.repeat([[1] * 5 + [2] * 8, [0] * 2 + [1] * 11], 4, axis=0)
+        batch = {"tokens": jnp.asarray(r.integers(1, 32, (8, 13)), jnp.int32), "segment_ids": jnp.asarray(segments, jnp.int32)}
+
+        def loss(parameters, batch):
+            sums, statistics = next_token_loss(parameters, batch, config, training=True)
+            return sums.nll + jnp.sum(statistics.loss), statistics
+
+        step = jax.value_and_grad(loss, has_aux=True)
+        wanted = jax.jit(step)(parameters, batch)
+        for sizes in MESHES:
+            mesh = mesh_of(sizes)
+            with jax.set_mesh(mesh):
+                placed = jax.device_put(parameters, parameter_shardings(parameters, mesh))
+                got = jax.jit(step)(placed, jax.device_put(batch, batch_sharding(mesh)))
+            # Attention takes its scores and the angles of its positions in float32: rounded by 6e-8, amplified some ten times.
+            assert_close(got, wanted, tolerance=1e-6 if "attention" in config.layers else 1e-10)
+
+
+LOADS = ("uneven", "an empty expert", "all on one expert", "masked")
+
+
+def check_loads(dtype):
+    """The experts alone, on loads that fit the room for a mean and that do not."""
+    r = np.random.default_rng(2)
+    config = MoeConfig(experts=8, width=8, router="topk", top_k=2)
+    with jax.enable_x64(dtype == "float64"):
+        parameters = {
+            "w_in": jnp.asarray(r.standard_normal((8, 16, 2, 8))), "w_out": jnp.asarray(r.standard_normal((8, 8, 16))),
+        }  # fmt: skip
+        x, weights = (jnp.asarray(r.standard_normal((8, 32, 16)), dtype) for _ in range(2))
+        for load in LOADS:
+            logits = r.standard_normal((256, 8))
+            logits += {"uneven": np.arange(8), "an empty expert": [-99] + [0] * 7, "all on one expert": [99] + [0] * 7}.get(
+                load, 0
+            )
+            mask = jnp.asarray(r.random(256) < 0.5) if load == "masked" else None
+            routing = route(jnp.asarray(logits), config, training=True, mask=mask)
+
+            def loss(parameters, x, gate, routing=routing, mask=mask):
+                y, _ = run_experts(parameters, x, Routing(routing.index, gate, routing.statistics), config, mask=mask)
+                return jnp.sum(y * weights), y
+
+            step = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)
+            wanted = jax.jit(step)(parameters, x, routing.gate)
+            for sizes in ((1, 1, 8, 1), (2, 1, 4, 1), (1, 2, 2, 2), (1, 1, 2, 4)):
+                with jax.set_mesh(mesh_of(sizes)):
+                    got = jax.jit(step)(parameters, x, routing.gate)
+                # bfloat16: products are rounded to 2**-9 of themselves, a few dozen of them add up.
+                (_, y), gradients = got
+                assert_close((y, gradients), (wanted[0][1], wanted[1]), tolerance=1e-10 if dtype == "float64" else 2.0**-6)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", MODELS)
+def test_every_mesh_of_eight_gives_the_loss_and_gradients_of_one_device(name, run_with_devices):
+    in_eight_devices(run_with_devices, f"check_model({name!r})")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_any_load_gives_what_one_device_gives(dtype, run_with_devices):
+    in_eight_devices(run_with_devices, f"check_loads({dtype!r})")
