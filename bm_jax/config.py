@@ -149,6 +149,9 @@ class MoeConfig:
     sinkhorn_temperature: float = 0.5
     """Logits are divided by this before Sinkhorn: 0.5 is Zyphra's factor of 2, 1 is Megatron's. Sharper plans round to
     better balanced choices: see the table in `bm_jax.routing`."""
+    sinkhorn_scope: Literal["global", "local"] = "global"
+    """Over which tokens Sinkhorn balances on a mesh: all of the batch, exchanging a sum per expert and iteration, or those of
+    each part of the batch by itself, exchanging nothing (as Megatron's data-parallel ranks do)."""
     load_balance_loss: float = 0.0
     router_z_loss: float = 0.0
     input_jitter: float = 0.0
@@ -158,6 +161,7 @@ class MoeConfig:
         _positive(self, "experts", "width", "top_k", "sinkhorn_iterations")
         _one_of(self, "activation", typing.get_args(Activation))
         _one_of(self, "router", ("sinkhorn", "switch", "topk"))
+        _one_of(self, "sinkhorn_scope", ("global", "local"))
         _finite(self, "load_balance_loss", "router_z_loss", "input_jitter")
         if self.top_k > self.experts:
             raise ConfigError(f"MoeConfig.top_k ({self.top_k}) must not exceed MoeConfig.experts ({self.experts})")

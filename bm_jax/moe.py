@@ -14,6 +14,7 @@ from bm_jax.initialization import Parameter, linear, zeros
 from bm_jax.layers import Context, hidden_shape
 from bm_jax.routing import Routing, Statistics, jitter, route
 from bm_jax.shapes import Hidden
+from bm_jax.sharding import batch_parts
 
 
 def moe_parameters(config: ModelConfig) -> dict[str, Parameter]:
@@ -61,7 +62,7 @@ def moe(
         logits = jnp.dot(inputs, parameters["router"], precision=jax.lax.Precision.HIGHEST)
         if config.moe.router_bias:
             logits = logits + parameters["router_bias"]
-        routing = route(logits, config.moe, training=training, mask=mask)
+        routing = route(logits, config.moe, training=training, mask=mask, parts=batch_parts(len(x)))
     with jax.named_scope("experts"):
         capacity = expert_capacity(len(tokens), config.moe) if training else None
         y, dropped = run_experts(parameters, x.astype(dtype), routing, config.moe, mask=mask, capacity=capacity)

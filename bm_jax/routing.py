@@ -56,7 +56,7 @@ class Routing(NamedTuple):
     statistics: Statistics
 
 
-def route(logits: Scores, config: MoeConfig, *, training: bool, mask: Mask | None = None) -> Routing:
+def route(logits: Scores, config: MoeConfig, *, training: bool, mask: Mask | None = None, parts: int = 1) -> Routing:
     """Choose `config.top_k` experts for each token with `config.router`.
 
     Args:
@@ -64,38 +64,42 @@ def route(logits: Scores, config: MoeConfig, *, training: bool, mask: Mask | Non
       config: router, top_k, Sinkhorn settings and loss weights.
       training: only the sinkhorn router differs: balanced in training, causal and batch-independent otherwise.
       mask: `[T]` bool, True for real tokens. The others take no part in the plan, the statistics or the losses.
+      parts: equal parts of the tokens that Sinkhorn balances each by itself where `config.sinkhorn_scope` is local.
     """
     logits = logits.astype(_compute_type(logits))
     if mask is not None:
         logits = jnp.where(mask[:, None], logits, 0)  # padding may hold anything, NaN included
     choose = {"sinkhorn": _sinkhorn_router, "switch": _switch_router, "topk": _topk_router}[config.router]
     with jax.named_scope("route"):
-        index, gate = choose(logits, config, training, mask)
+        index, gate = choose(logits, config, training, mask, parts)
         if mask is not None:
             gate = jnp.where(mask[:, None], gate, 0)
         return Routing(index.astype(jnp.int32), gate, _statistics(logits, index, config, mask))
 
 
-def _sinkhorn_router(logits: Scores, config: MoeConfig, training: bool, mask: Mask | None) -> tuple[Index, Gate]:
+def _sinkhorn_router(logits: Scores, config: MoeConfig, training: bool, mask: Mask | None, parts: int) -> tuple[Index, Gate]:
     # Differs from Zyphra/BlackMamba: the released code has only the inference branch.
     scores = logits
     if training:
-        scores = sinkhorn(
-            jax.lax.stop_gradient(logits), config.sinkhorn_iterations,
-            temperature=config.sinkhorn_temperature, mask=mask,
-        )  # fmt: skip
+        parts = parts if config.sinkhorn_scope == "local" else 1
+
+        def balance(logits: Scores, mask: Mask | None) -> Scores:
+            return sinkhorn(logits, config.sinkhorn_iterations, temperature=config.sinkhorn_temperature, mask=mask)
+
+        split = jax.lax.stop_gradient(logits).reshape(parts, -1, logits.shape[1])
+        scores = jax.vmap(balance)(split, None if mask is None else mask.reshape(parts, -1)).reshape(logits.shape)
     # Differs from Zyphra/BlackMamba: argmax of the logits, not of their sigmoid. It is the same expert, except where
     # sigmoids round to the same number (float32: all logits above 17; bfloat16: above 6) and the first would win.
     index = jnp.argmax(scores, axis=-1)[:, None]
     return index, jax.nn.sigmoid(_take(logits, index))
 
 
-def _switch_router(logits: Scores, config: MoeConfig, training: bool, mask: Mask | None) -> tuple[Index, Gate]:
+def _switch_router(logits: Scores, config: MoeConfig, training: bool, mask: Mask | None, parts: int) -> tuple[Index, Gate]:
     index = jnp.argmax(logits, axis=-1)[:, None]
     return index, _take(jax.nn.softmax(logits), index)
 
 
-def _topk_router(logits: Scores, config: MoeConfig, training: bool, mask: Mask | None) -> tuple[Index, Gate]:
+def _topk_router(logits: Scores, config: MoeConfig, training: bool, mask: Mask | None, parts: int) -> tuple[Index, Gate]:
     _, index = jax.lax.top_k(jax.lax.stop_gradient(logits), config.top_k)
     gate = _take(jax.nn.softmax(logits), index)
     return index, gate / gate.sum(axis=-1, keepdims=True) if config.normalize_gates else gate

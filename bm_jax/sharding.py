@@ -158,6 +158,13 @@ def _widen(array: Array, spec: P) -> Array:
     return array.astype(jnp.promote_types(array.dtype, jnp.float32))
 
 
+def batch_parts(rows: int) -> int:
+    """Into how many parts the current mesh splits a batch of so many rows."""
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = math.prod(mesh.shape.get(name, 1) for name in BATCH_AXES)
+    return parts if rows % parts == 0 else 1
+
+
 def constrain(x: Array, *axes: str | None) -> Array:
     """Pin the layout of an activation, as `layout` has it. Does nothing outside a mesh."""
     if jax.sharding.get_abstract_mesh().empty:

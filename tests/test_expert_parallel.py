@@ -16,7 +16,7 @@ from bm_jax.loss import next_token_loss
 from bm_jax.model import init_parameters
 from bm_jax.moe import run_experts
 from bm_jax.routing import Routing, route
-from bm_jax.sharding import batch_sharding, make_mesh, parameter_shardings
+from bm_jax.sharding import batch_parts, batch_sharding, make_mesh, parameter_shardings
 
 HERE = Path(__file__).resolve().parent
 BLACKMAMBA = ModelConfig(
@@ -135,6 +135,30 @@ def check_loads(dtype):
                 # bfloat16: products are rounded to 2**-9 of themselves, a few dozen of them add up.
                 (_, y), gradients = got
                 assert_close((y, gradients), (wanted[0][1], wanted[1]), tolerance=1e-10 if dtype == "float64" else 2.0**-6)
+
+
+def check_sinkhorn():
+    """Global balancing exchanges sums and gives what one device gives; local balancing exchanges nothing."""
+    r = np.random.default_rng(3)
+    logits = jnp.asarray(r.standard_normal((64, 8)) + 2 * np.repeat(r.standard_normal((8, 8)), 8, axis=0), jnp.float32)
+    mesh = mesh_of((4, 1, 2, 1))
+    for scope, exchanges in (("global", True), ("local", False)):
+        config = MoeConfig(experts=8, sinkhorn_scope=scope)
+
+        def choose(logits, config=config):
+            return route(logits, config, training=True, parts=batch_parts(8)).index
+
+        with jax.set_mesh(mesh):
+            compiled = jax.jit(choose).lower(jax.device_put(logits, batch_sharding(mesh))).compile()
+            got = compiled(jax.device_put(logits, batch_sharding(mesh)))
+        assert ("all-reduce" in compiled.as_text()) == exchanges, scope
+        wanted = route(logits, config, training=True, parts=1 if exchanges else 8).index
+        np.testing.assert_array_equal(got, wanted)
+
+
+@pytest.mark.slow
+def test_sinkhorn_balances_all_tokens_or_those_of_each_part(run_with_devices):
+    in_eight_devices(run_with_devices, "check_sinkhorn()")
 
 
 @pytest.mark.slow

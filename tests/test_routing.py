@@ -24,7 +24,7 @@ identify = functools.partial(pytest.mark.parametrize, "config", ids=lambda c: f"
 # Compiling is most of the time here, so tests share compiled functions, and most shapes are [TOKENS, 8].
 TOKENS = 300
 EVERY = jnp.ones(TOKENS, bool)
-route = jax.jit(routing_module.route, static_argnames=("config", "training"))
+route = jax.jit(routing_module.route, static_argnames=("config", "training", "parts"))
 sinkhorn = jax.jit(routing_module.sinkhorn)
 
 
@@ -406,3 +406,19 @@ def test_jitter_is_uniform_multiplicative_noise():
     np.testing.assert_allclose([ratio.mean(), ratio.std()], [1, 0.1 / np.sqrt(3)], atol=2e-3)
     np.testing.assert_array_equal(jitter(x, jax.random.key(1), 0.0), x)
     assert jitter(x.astype(jnp.bfloat16), jax.random.key(1), 0.1).dtype == jnp.bfloat16
+
+
+def test_local_sinkhorn_balances_each_part_by_itself():
+    r = np.random.default_rng(7)
+    logits = jnp.asarray(r.standard_normal((64, 8)) + 2 * np.repeat(r.standard_normal((4, 8)), 16, axis=0))
+    mask = jnp.asarray(r.random(64) < 0.8)
+    local = MoeConfig(experts=8, sinkhorn_scope="local")
+    whole = route(logits, local, training=True, mask=mask, parts=4)
+    for k in range(4):
+        part = slice(16 * k, 16 * k + 16)
+        alone = route(logits[part], local, training=True, mask=mask[part])
+        np.testing.assert_array_equal(whole.index[part], alone.index)
+        np.testing.assert_allclose(whole.gate[part], alone.gate, rtol=1e-6)
+    together = route(logits, MoeConfig(experts=8), training=True, mask=mask, parts=4)
+    assert np.any(together.index != whole.index)  # the parts prefer different experts
+    np.testing.assert_array_equal(together.index, route(logits, MoeConfig(experts=8), training=True, mask=mask).index)
