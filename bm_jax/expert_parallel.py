@@ -30,9 +30,9 @@ def apply_experts(w_in: Array, w_out: Array, tokens: Array, expert: Array, gate:
     """`bm_jax.experts.apply_experts` for tokens `[B, L, M]`, expert and gate `[B, L, K]`, weights of any float dtype."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
-        flat, index, weights = (array.reshape(-1, array.shape[-1]) for array in (tokens, expert, gate))
         w_in, w_out = w_in.astype(tokens.dtype), w_out.astype(tokens.dtype)
-        return apply_on_one_device(w_in, w_out, flat, index, weights, activation).reshape(tokens.shape)
+        rows, expert, gate = (array.reshape(-1, array.shape[-1]) for array in (tokens, expert, gate))
+        return apply_on_one_device(w_in, w_out, rows, expert, gate, activation).reshape(tokens.shape)
     split = layout(tokens.shape, "batch", "sequence", None)
     specs = {
         name: P(*parameter_spec(f"periods/layer/moe/{name}", w.ndim + 1)[1:]) for name, w in (("w_in", w_in), ("w_out", w_out))

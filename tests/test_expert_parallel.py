@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from eight_devices import assert_close, in_eight_devices, random_parameters
 
 from bm_jax.config import AttentionConfig, MambaConfig, MeshConfig, ModelConfig, MoeConfig
 from bm_jax.loss import next_token_loss
-from bm_jax.model import init_parameters
 from bm_jax.moe import run_experts
 from bm_jax.routing import Routing, route
 from bm_jax.sharding import batch_parts, batch_sharding, make_mesh, parameter_shardings
 
-HERE = Path(__file__).resolve().parent
 BLACKMAMBA = ModelConfig(
     layers=("mamba", "moe"),
     repeats=1,
@@ -48,31 +46,6 @@ MODELS = {
 }  # fmt: skip
 AXES = ("data", "fsdp", "expert", "tensor")
 MESHES = [sizes for sizes in itertools.product((1, 2, 4, 8), repeat=4) if np.prod(sizes) == 8]
-
-
-def in_eight_devices(run_with_devices, call):
-    source = f"""
-import sys
-sys.path[:0] = [{str(HERE)!r}]
-import test_expert_parallel
-test_expert_parallel.{call}
-print("agrees")
-"""
-    assert "agrees" in run_with_devices(source, devices=8, timeout=580)
-
-
-def random_parameters(config):
-    r = np.random.default_rng(0)
-    shapes = jax.eval_shape(lambda: init_parameters(config, jax.random.key(0)))
-    return jax.tree.map(lambda leaf: jnp.asarray(0.3 * r.standard_normal(leaf.shape)), shapes)
-
-
-def assert_close(got, wanted, tolerance=1e-10):
-    # float64: some thousand terms in another order, each rounded by 1e-16 of the largest.
-    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(wanted), strict=True):
-        a, b = np.asarray(a), np.asarray(b)
-        scale = max(np.abs(b).max(), 1e-6)
-        np.testing.assert_allclose(a / scale, b / scale, rtol=0, atol=tolerance, err_msg=jax.tree_util.keystr(path))
 
 
 def mesh_of(sizes):
@@ -158,17 +131,17 @@ def check_sinkhorn():
 
 @pytest.mark.slow
 def test_sinkhorn_balances_all_tokens_or_those_of_each_part(run_with_devices):
-    in_eight_devices(run_with_devices, "check_sinkhorn()")
+    in_eight_devices(run_with_devices, "test_expert_parallel", "check_sinkhorn()")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", MODELS)
 def test_every_mesh_of_eight_gives_the_loss_and_gradients_of_one_device(name, run_with_devices):
-    in_eight_devices(run_with_devices, f"check_model({name!r})")
+    in_eight_devices(run_with_devices, "test_expert_parallel", f"check_model({name!r})")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
 def test_any_load_gives_what_one_device_gives(dtype, run_with_devices):
-    in_eight_devices(run_with_devices, f"check_loads({dtype!r})")
+    in_eight_devices(run_with_devices, "test_expert_parallel", f"check_loads({dtype!r})")

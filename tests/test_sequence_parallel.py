@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from eight_devices import assert_close, in_eight_devices, random_parameters
 
 from bm_jax.cache import init_cache
 from bm_jax.config import (
@@ -30,7 +30,6 @@ from bm_jax.sequence_parallel import splits
 from bm_jax.sharding import batch_sharding, make_mesh, parameter_shardings
 from bm_jax.train import fit
 
-HERE = Path(__file__).resolve().parent
 SMALL = ModelConfig(
     layers=("mamba", "moe"),
     repeats=2,
@@ -50,36 +49,12 @@ MODELS = {
 }
 
 
-def in_eight_devices(run_with_devices, call):
-    source = f"""
-import sys
-sys.path[:0] = [{str(HERE)!r}]
-import test_sequence_parallel
-test_sequence_parallel.{call}
-print("agrees")
-"""
-    assert "agrees" in run_with_devices(source, devices=8)
-
-
-def random_parameters(config):
-    r = np.random.default_rng(0)
-    shapes = jax.eval_shape(lambda: init_parameters(config, jax.random.key(0)))
-    return jax.tree.map(lambda leaf: jnp.asarray(0.3 * r.standard_normal(leaf.shape)), shapes)
-
-
 def batch_of(rows, length):
     """Tokens and documents: two documents, the border inside a shard or at one, or padding before a document."""
     r = np.random.default_rng(1)
     ids = [[1] * (length // 3) + [2] * (length - length // 3), [0] * 3 + [1] * (length // 2 - 3) + [2] * (length - length // 2)]
     ids = jnp.asarray(np.resize(ids, (rows, length)), jnp.int32)
     return {"tokens": jnp.asarray(r.integers(1, 32, size=(rows, length)), jnp.int32), "segment_ids": ids}
-
-
-def assert_close(got, wanted, tolerance=1e-10):
-    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(wanted), strict=True):
-        a, b = np.asarray(a), np.asarray(b)
-        scale = max(np.abs(b).max(), 1e-6)
-        np.testing.assert_allclose(a / scale, b / scale, rtol=0, atol=tolerance, err_msg=jax.tree_util.keystr(path))
 
 
 def on_mesh(sizes, config, parameters):
@@ -129,17 +104,17 @@ def check_prefill():
 
 @pytest.mark.slow
 def test_mamba(run_with_devices):
-    in_eight_devices(run_with_devices, "check_loss('mamba')")
+    in_eight_devices(run_with_devices, "test_sequence_parallel", "check_loss('mamba')")
 
 
 @pytest.mark.slow
 def test_blackmamba(run_with_devices):
-    in_eight_devices(run_with_devices, "check_loss('blackmamba')")
+    in_eight_devices(run_with_devices, "test_sequence_parallel", "check_loss('blackmamba')")
 
 
 @pytest.mark.slow
 def test_prefill_and_decoding(run_with_devices):
-    in_eight_devices(run_with_devices, "check_prefill()")
+    in_eight_devices(run_with_devices, "test_sequence_parallel", "check_prefill()")
 
 
 def tiny_run(directory, mesh):
@@ -161,7 +136,7 @@ def train(directory):
 def test_training_gives_the_losses_of_one_device(run_with_devices, tmp_path):
     """`fit` whole: data, optimizer, checkpoint, validation and sample."""
     many, one = tmp_path / "many", tmp_path / "one"
-    in_eight_devices(run_with_devices, f"train({str(many)!r})")
+    in_eight_devices(run_with_devices, "test_sequence_parallel", f"train({str(many)!r})")
     fit(tiny_run(one, MeshConfig()))
     losses = [[row[name] for name in ("objective", "grad_norm", "loss")] for row in read_metrics(many)]
     wanted = [[row[name] for name in ("objective", "grad_norm", "loss")] for row in read_metrics(one)]

@@ -47,14 +47,16 @@ RESIDENT = 8 * 132
 SUMMARY_COST = 0.12
 """Time that the first kernel adds to the backward pass."""
 SHORTEST = {"forward": 96, "backward": 128}
+"""Fewest tokens of a chunk."""
+MOST = 64
+"""Most chunks."""
+
 OFFSETS = 2**30
 """Elements of a chunk that 32 bits can number with room to spare."""
-MOST = 64
-"""Fewest tokens of a chunk, and most chunks."""
-
-
 MOST_ROWS = 65535
 """Batch rows: they are the last axis of the grid."""
+
+f32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
 
 
 def installed() -> str | None:
@@ -176,11 +178,10 @@ def _by_jax_triton(
 
 def _arrays(plan: Plan, inputs: Inputs) -> dict[str, Array]:
     """The kernels' inputs by name; in the place of those that a kernel will not read, u."""
-    f32 = jnp.float32
     keep = inputs.u
     if inputs.segment_ids is not None:
         missing = plan.padded_length - plan.length
-        keep = jnp.pad(survives(inputs.segment_ids).astype(f32), ((0, 0), (0, missing)), constant_values=1)
+        keep = jnp.pad(survives(inputs.segment_ids).astype(jnp.float32), ((0, 0), (0, missing)), constant_values=1)
     optional = {"D": inputs.D, "dt_bias": inputs.dt_bias}
     return {
         "u": inputs.u,
@@ -190,7 +191,7 @@ def _arrays(plan: Plan, inputs: Inputs) -> dict[str, Array]:
         "B": _rows(plan, inputs.B),
         "C": _rows(plan, inputs.C),
         "keep": keep,
-    } | {name: inputs.u if array is None else array.astype(f32) for name, array in optional.items()}
+    } | {name: inputs.u if array is None else array.astype(jnp.float32) for name, array in optional.items()}
 
 
 def _pad(plan: Plan, array: Array) -> Array:
@@ -216,9 +217,6 @@ def _options(plan: Plan, inputs: Inputs) -> dict[str, Any]:
         TILE=plan.tile,
         SOFTPLUS=plan.softplus, BIAS=inputs.dt_bias is not None, GATE=inputs.z is not None, KEEP=inputs.segment_ids is not None,
     )  # fmt: skip
-
-
-f32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
 
 
 def _summaries(plan: Plan, arrays: dict[str, Array], options: dict[str, Any], reverse: bool, call: Callable) -> list[Array]:
