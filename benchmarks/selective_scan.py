@@ -45,7 +45,7 @@ def associative(u, dt, A, B, C, D, *, z, dt_bias) -> tuple[Array, Array]:
     return (y * jax.nn.silu(z.astype(jnp.float32))).astype(u.dtype), states[:, -1]
 
 
-def make(batch: int, length: int, channels: int, states: int, dtype: str) -> dict[str, Array]:
+def make(batch: int, length: int, channels: int, states: int, dtype: str, dt_dtype: str) -> dict[str, Array]:
     """Random arguments with step sizes as a model's."""
     keys = iter(jax.random.split(jax.random.key(0), 8))
     normal = lambda *shape: jax.random.normal(next(keys), shape)  # noqa: E731
@@ -56,7 +56,7 @@ def make(batch: int, length: int, channels: int, states: int, dtype: str) -> dic
         "D": normal(channels),
         "dt_bias": normal(channels) - 4,
     }
-    return {name: value.astype(dtype) for name, value in values.items()} | rest
+    return {name: value.astype(dt_dtype if name == "dt" else dtype) for name, value in values.items()} | rest
 
 
 def call(function: Any, a: dict[str, Array]) -> tuple[Array, Array]:
@@ -111,7 +111,7 @@ def ceilings(rounds: int) -> dict[str, float]:
 def measure(shape: tuple[int, int, int], options: argparse.Namespace, ceiling: dict[str, float]) -> list[dict[str, Any]]:
     """One row a pass and implementation."""
     batch, length, channels = shape
-    a = make(batch, length, channels, options.states, options.dtype)
+    a = make(batch, length, channels, options.states, options.dtype, options.dt_dtype or options.dtype)
     dy = jax.random.normal(jax.random.key(1), shape).astype(options.dtype)
     functions: dict[str, Any] = {
         name: functools.partial(selective_scan, implementation=name)
@@ -170,7 +170,7 @@ def check(states: int) -> None:
     """
     bad = []
     for length, channels, dtype in ((1, 130, "float32"), (33, 130, "float32"), (257, 64, "float32"), (64, 192, "bfloat16")):
-        a = make(2, length, channels, states, dtype) | {"dt_bias": jnp.linspace(-6, 2, channels)}
+        a = make(2, length, channels, states, dtype, dtype) | {"dt_bias": jnp.linspace(-6, 2, channels)}
         extra = {
             "initial_state": jax.random.normal(jax.random.key(2), (2, channels, states)),
             "segment_ids": jnp.arange(length)[None] // jnp.array([[5], [31]]),
@@ -207,6 +207,7 @@ def main() -> None:
     parser.add_argument("--shape", action="append", help="B,L,E; may be repeated")
     parser.add_argument("--states", type=int, default=16)
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--dt-dtype", help="of dt, where it differs: the models here pass float32")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--repeat", type=int, default=5, help="calls in one timed program")
     parser.add_argument(

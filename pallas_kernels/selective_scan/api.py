@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from jax import Array
 
 from pallas_kernels.dispatch import Call, Implementation, explain, resolve
@@ -15,24 +17,25 @@ from pallas_kernels.selective_scan.triton_gpu import refusal as triton_gpu_refus
 from pallas_kernels.selective_scan.triton_gpu import selective_scan_triton
 from pallas_kernels.selective_scan.xla import selective_scan_xla
 
-SHORT = 32
-"""Tokens from which a kernel is preferred to plain XLA."""
 
+def _from(tokens: int) -> Callable[[Call], bool]:
+    """Preferred from so many tokens on: a shorter call costs less than a kernel's start."""
 
-def _is_long(call: Call) -> bool:
-    """A short call costs less than a kernel's start."""
-    u = call.arguments["u"]
-    return u is not None and u.shape[1] >= SHORT
+    def preferred(call: Call) -> bool:
+        u = call.arguments["u"]
+        return u is not None and u.shape[1] >= tokens
+
+    return preferred
 
 
 IMPLEMENTATIONS = {
-    "pallas_gpu": Implementation(selective_scan_gpu, pallas_gpu_refusal, preferred=_is_long),
-    "triton_gpu": Implementation(selective_scan_triton, triton_gpu_refusal, preferred=_is_long),
-    "pallas_tpu": Implementation(selective_scan_tpu, pallas_tpu_refusal, preferred=_is_long),
+    "pallas_gpu": Implementation(selective_scan_gpu, pallas_gpu_refusal, preferred=_from(2)),
+    "triton_gpu": Implementation(selective_scan_triton, triton_gpu_refusal, preferred=_from(32)),
+    "pallas_tpu": Implementation(selective_scan_tpu, pallas_tpu_refusal, preferred=_from(32)),
     "xla": Implementation(selective_scan_xla),
     "reference": Implementation(selective_scan_reference),
 }
-"""In order of preference."""
+"""In order of preference. The first number of tokens is measured (`benchmarks/README.md`), the others are not."""
 
 
 def selective_scan(

@@ -164,12 +164,12 @@ def _backward(inputs: Inputs, starts: list[Array], dy: Array, d_final: Array, dt
         "d_bias": f32((batch, plan.chunks, plan.channels)),
         "d_state": f32((batch, plan.channels, STATES)),
     }
-    results, rows = [], "step_rows rows slope_rows part_rows"
+    results, kept = [], "step_rows rows slope_rows part_rows"
     for k, group in enumerate(groups):
         arrays = shared | group | {"starts": starts[k], "d_final": d_final[..., k * STATES : (k + 1) * STATES]}
         arrays |= _summaries(plan, arrays, True, interpret)
         names = "u dt z dy BC A D dt_bias keep starts d_final passed increments"
-        results.append(_run(backward_program, plan, _pick(arrays, names), outputs, START, rows, interpret, TOGETHER))
+        results.append(_run(backward_program, plan, _pick(arrays, names), outputs, START, kept, interpret, TOGETHER))
 
     def total(name: str) -> Array:
         return _total([result[name] for result in results])[:, :, :width]
@@ -177,13 +177,16 @@ def _backward(inputs: Inputs, starts: list[Array], dy: Array, d_final: Array, dt
     def joined(name: str) -> Array:
         return jnp.concatenate([result[name] for result in results], axis=-1)
 
-    dBC = [jnp.sum(result["dBC"], axis=1) for result in results]
+    def rows(part: slice) -> Array:
+        # Sliced before the sum: sliced after it, XLA makes a kernel of each slice.
+        return jnp.concatenate([jnp.sum(result["dBC"][..., part], axis=1) for result in results], axis=-1)[..., :states]
+
     return Inputs(
         u=total("du"),
         dt=total("ddt"),
         A=jnp.sum(joined("dA"), axis=(0, 1))[:width, :states],
-        B=jnp.concatenate([rows[..., :STATES] for rows in dBC], axis=-1)[..., :states],
-        C=jnp.concatenate([rows[..., STATES:] for rows in dBC], axis=-1)[..., :states],
+        B=rows(slice(STATES)),
+        C=rows(slice(STATES, None)),
         D=jnp.sum(results[0]["dD"], axis=(0, 1))[:width],
         z=total("dz") if "z" in shared else None,
         dt_bias=jnp.sum(total("d_bias"), axis=(0, 1)),

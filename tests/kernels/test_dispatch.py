@@ -89,8 +89,8 @@ def test_the_target_is_the_default_device_or_the_mesh_in_force():
 
 @pytest.mark.parametrize(
     ("kind", "capability", "length", "chosen"),
-    [("gpu", 9.0, 31, "xla"), ("gpu", 9.0, 32, "pallas_gpu"), ("gpu", 8.0, 32, "triton_gpu"), ("gpu", 7.5, 32, "xla"),
-     ("tpu", 0.0, 31, "xla"), ("tpu", 0.0, 32, "pallas_tpu"), ("cpu", 0.0, 32, "xla")],
+    [("gpu", 9.0, 1, "xla"), ("gpu", 9.0, 2, "pallas_gpu"), ("gpu", 8.0, 31, "xla"), ("gpu", 8.0, 32, "triton_gpu"),
+     ("gpu", 7.5, 32, "xla"), ("tpu", 0.0, 31, "xla"), ("tpu", 0.0, 32, "pallas_tpu"), ("cpu", 0.0, 32, "xla")],
 )  # fmt: skip
 def test_the_scan_chooses_by_platform_and_length(kind, capability, length, chosen, monkeypatch):
     monkeypatch.delenv(dispatch.OVERRIDE, raising=False)
