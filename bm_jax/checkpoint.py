@@ -43,6 +43,12 @@ import orbax.checkpoint as ocp
 
 CHECKSUMS = "checksums.json"
 PARTIAL = ".partial"
+CHUNK_BYTES = 2**23
+"""Most bytes of a chunk of an array: what is compressed, and unpacked again, as one."""
+MOST_EXPERTS = 64
+"""Arrays `[periods, X, ...]` of at most this many experts are stored expert by expert."""
+READ_BYTES = 2**28
+"""Bytes of chunks that are being read at one time."""
 DISK_MARGIN = 1.05
 """Free space asked for before a save, as a multiple of the bytes of the state (compression usually needs less)."""
 
@@ -165,7 +171,7 @@ class Checkpoints:
                 ocp.StandardCheckpointHandler(),
                 async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
             )
-            checkpointer.save(partial / "state", args=ocp.args.StandardSave(_nest(leaves)))
+            checkpointer.save(partial / "state", args=_save_arguments(leaves))
         except CheckpointError:
             raise
         except Exception as error:
@@ -270,7 +276,7 @@ def save_parameters(directory: str | os.PathLike, params: Any) -> None:
         _remove(partial)
         _write_json(partial, leaves=_describe(leaves))
         with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-            checkpointer.save(partial / "state", args=ocp.args.StandardSave(_nest(leaves)))
+            checkpointer.save(partial / "state", args=_save_arguments(leaves))
         _seal(partial)
         _publish(partial, folder)
     except Exception as error:
@@ -482,11 +488,30 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
     return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
 
 
+def _save_arguments(leaves: dict[str, Any]) -> ocp.args.StandardSave:
+    """What Orbax saves, and in which chunks: small ones, so that a device of any mesh reads little besides its shard."""
+
+    def chunks(leaf: Any) -> ocp.SaveArgs:
+        # Orbax halves the longest axes first and would never divide the experts, [periods, X, ...].
+        experts = leaf.ndim > 3 and leaf.shape[1] <= MOST_EXPERTS
+        return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=(1,) if experts else ())
+
+    return ocp.args.StandardSave(_nest(leaves), _nest({path: chunks(leaf) for path, leaf in leaves.items()}))
+
+
 def _read_arrays(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
-    """Path -> array for the leaves in `wanted` (ShapeDtypeStructs); the other arrays are not read."""
+    """Path -> array for the leaves in `wanted` (ShapeDtypeStructs with shardings); the other arrays are not read.
+
+    Each distinct shard is read once and put on its devices. Host memory holds the shards on their way there,
+    `READ_BYTES` together (or one that is larger), and never a whole array that is split.
+    """
     item = _nest(wanted)
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            chunks = _leaves(checkpointer.metadata(folder / "state").item_metadata.tree)
+        largest = max((_largest_read(leaf, chunks[path]) for path, leaf in wanted.items()), default=0)
+        reader = ocp.BasePyTreeCheckpointHandler(restore_concurrent_bytes=max(READ_BYTES, largest + 1))
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(handler_impl=reader)) as checkpointer:
             tree = checkpointer.restore(
                 folder / "state",
                 args=ocp.args.PyTreeRestore(
@@ -496,6 +521,22 @@ def _read_arrays(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     except Exception as error:
         raise CheckpointError(f"cannot read the arrays in {folder}: {error}") from error
     return _leaves(tree)
+
+
+def _largest_read(leaf: jax.ShapeDtypeStruct, metadata: Any) -> int:
+    """Bytes of the largest shard of `leaf`, counted in whole chunks, which are read and unpacked as one."""
+    storage = getattr(metadata, "storage", None)
+    if storage is None or len(storage.chunk_shape) != leaf.ndim:  # PRNG keys: a few bytes
+        return _bytes(leaf)
+
+    def size(shard: tuple[slice, ...]) -> int:
+        total = leaf.dtype.itemsize
+        for part, length, chunk in zip(shard, leaf.shape, storage.chunk_shape, strict=True):
+            start, stop, _ = part.indices(length)
+            total *= -(-stop // chunk) * chunk - start // chunk * chunk
+        return total
+
+    return max(map(size, leaf.sharding.addressable_devices_indices_map(leaf.shape).values()))
 
 
 def _read_subtree(folder: Path, prefix: str, abstract: Any) -> Any:
