@@ -5,11 +5,25 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.dispatch import Implementation, resolve
+from pallas_kernels.dispatch import Call, Implementation, resolve
+from pallas_kernels.grouped_matmul.pallas_gpu import MINIMUM, grouped_matmul_gpu
+from pallas_kernels.grouped_matmul.pallas_gpu import refusal as pallas_gpu_refusal
 from pallas_kernels.grouped_matmul.reference import grouped_matmul_reference
 from pallas_kernels.grouped_matmul.xla import grouped_matmul_xla
 
-IMPLEMENTATIONS = {"xla": Implementation(grouped_matmul_xla), "reference": Implementation(grouped_matmul_reference)}
+
+def _has_many_rows(call: Call) -> bool:
+    """A few rows leave most of a tile empty."""
+    lhs = call.arguments["lhs"]
+    return lhs is not None and lhs.shape[0] >= MINIMUM
+
+
+IMPLEMENTATIONS = {
+    "pallas_gpu": Implementation(grouped_matmul_gpu, pallas_gpu_refusal, preferred=_has_many_rows),
+    "xla": Implementation(grouped_matmul_xla),
+    "reference": Implementation(grouped_matmul_reference),
+}
+"""In order of preference."""
 
 
 def grouped_matmul(lhs: Array, rhs: Array, group_sizes: Array, *, implementation: str | None = None) -> Array:
@@ -39,5 +53,6 @@ def grouped_matmul(lhs: Array, rhs: Array, group_sizes: Array, *, implementation
     if not jnp.issubdtype(group_sizes.dtype, jnp.integer):
         raise TypeError(f"grouped_matmul: group_sizes must be integers, got {group_sizes.dtype}")
     dtype = jnp.result_type(lhs, rhs)
-    function = resolve("grouped_matmul", implementation, IMPLEMENTATIONS)
+    arguments = {"lhs": lhs, "rhs": rhs, "group_sizes": group_sizes}
+    function = resolve("grouped_matmul", implementation, IMPLEMENTATIONS, arguments)
     return function(lhs.astype(dtype), rhs.astype(dtype), group_sizes)
