@@ -24,14 +24,11 @@ import concurrent.futures
 import contextlib
 import errno
 import fcntl
-import hashlib
 import itertools
 import json
 import logging
-import math
 import os
 import shutil
-import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,22 +38,24 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-CHECKSUMS = "checksums.json"
+from bm_jax.array_files import (
+    CheckpointError,
+    bytes_of,
+    describe,
+    leaves_of,
+    nest,
+    placed,
+    read_arrays,
+    require_same,
+    save_arguments,
+)
+from bm_jax.sealed_folder import problem_with, publish, remove_folder, seal
+
 PARTIAL = ".partial"
-CHUNK_BYTES = 2**23
-"""Most bytes of a chunk of an array: what is compressed, and unpacked again, as one."""
-MOST_EXPERTS = 64
-"""Arrays `[periods, X, ...]` of at most this many experts are stored expert by expert."""
-READ_BYTES = 2**28
-"""Bytes of chunks that are being read at one time."""
 DISK_MARGIN = 1.05
 """Free space asked for before a save, as a multiple of the bytes of the state (compression usually needs less)."""
 
 logger = logging.getLogger(__name__)
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint cannot be written or read; the message says why, what is intact and what to do."""
 
 
 class RunDirectoryError(RuntimeError):
@@ -158,20 +157,20 @@ class Checkpoints:
         self.wait()
         if step in self.steps():
             raise CheckpointError(f"{self.directory} already has a checkpoint of step {step}; it was not overwritten.")
-        leaves = _leaves(state)
+        leaves = leaves_of(state)
         # No name is used twice: after an error Orbax may leave writes running, and they must not meet the next attempt.
         partial = self.directory / f"{step}{PARTIAL}-{next(self._attempts)}"
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._remove_leftovers()
-            self._require_space(step, sum(_bytes(leaf) for leaf in leaves.values()))
-            _write_json(partial, leaves=_describe(leaves), data_state=data_state, config=config)
+            self._require_space(step, sum(bytes_of(leaf) for leaf in leaves.values()))
+            _write_json(partial, leaves=describe(leaves), data_state=data_state, config=config)
             # One for each save: after an error it would raise that again at the next one.
             checkpointer = ocp.AsyncCheckpointer(
                 ocp.StandardCheckpointHandler(),
                 async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
             )
-            checkpointer.save(partial / "state", args=_save_arguments(leaves))
+            checkpointer.save(partial / "state", args=save_arguments(leaves))
         except CheckpointError:
             raise
         except Exception as error:
@@ -207,13 +206,13 @@ class Checkpoints:
             for bad in damaged:
                 _set_aside(self.directory / str(bad))
         else:
-            problem = _problem(self.directory / str(step))
+            problem = problem_with(self.directory / str(step))
             if problem:
                 raise CheckpointError(f"checkpoint {self.directory / str(step)} cannot be read: {problem}.")
         folder = self.directory / str(step)
-        wanted = _leaves(abstract_state)
-        _require_same(folder, _read_json(folder, "leaves"), _describe(wanted))
-        values = _read_arrays(folder, {path: _placed(leaf) for path, leaf in wanted.items()})
+        wanted = leaves_of(abstract_state)
+        require_same(folder, _read_json(folder, "leaves"), describe(wanted))
+        values = read_arrays(folder, {path: placed(leaf) for path, leaf in wanted.items()})
         state = jax.tree.unflatten(jax.tree.structure(abstract_state), [values[path] for path in wanted])
         return Restored(step, state, _read_json(folder, "data_state"), _read_json(folder, "config"))
 
@@ -221,8 +220,8 @@ class Checkpoints:
         """In the background: wait for Orbax, seal and publish the checkpoint, delete those no longer kept."""
         try:
             checkpointer.close()
-            _seal(partial)
-            _publish(partial, self.directory / str(step))
+            seal(partial)
+            publish(partial, self.directory / str(step))
         except Exception as error:
             raise self._failed(step, error) from error
         for old in self.steps()[: -self._keep_last]:
@@ -232,7 +231,7 @@ class Checkpoints:
                     os.rename(self.directory / str(old), doomed)  # so that it is never half deleted under its name
                 except OSError as error:
                     logger.warning("could not delete the old checkpoint %s: %s", self.directory / str(old), error)
-                _remove(doomed)
+                remove_folder(doomed)
 
     def _failed(self, step: int, error: Exception) -> CheckpointError:
         """The error of a failed save of `step`, after removing its partial folder."""
@@ -258,7 +257,7 @@ class Checkpoints:
     def _remove_leftovers(self) -> None:
         for entry in sorted(self.directory.glob(f"*{PARTIAL}*")):
             logger.info("removing the unfinished checkpoint %s", entry)
-            _remove(entry)
+            remove_folder(entry)
 
 
 def save_parameters(directory: str | os.PathLike, params: Any) -> None:
@@ -270,17 +269,17 @@ def save_parameters(directory: str | os.PathLike, params: Any) -> None:
     folder = Path(directory).absolute()
     if folder.exists():
         raise CheckpointError(f"{folder} exists already; choose another folder or remove it first.")
-    partial, leaves = folder.with_name(f"{folder.name}{PARTIAL}"), _leaves(params)
+    partial, leaves = folder.with_name(f"{folder.name}{PARTIAL}"), leaves_of(params)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        _remove(partial)
-        _write_json(partial, leaves=_describe(leaves))
+        remove_folder(partial)
+        _write_json(partial, leaves=describe(leaves))
         with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-            checkpointer.save(partial / "state", args=_save_arguments(leaves))
-        _seal(partial)
-        _publish(partial, folder)
+            checkpointer.save(partial / "state", args=save_arguments(leaves))
+        seal(partial)
+        publish(partial, folder)
     except Exception as error:
-        _remove(partial)
+        remove_folder(partial)
         full = "disk full: " if _is_disk_full(error) else ""
         raise CheckpointError(f"cannot write the parameters to {folder}: {full}{error}") from error
 
@@ -295,7 +294,7 @@ def load_parameters(directory: str | os.PathLike, abstract: Any = None) -> Any:
         CheckpointError: there are none, they are damaged, or they differ from `abstract` in path, shape or dtype.
     """
     folder = Path(directory).absolute()
-    problem = _problem(folder) if folder.is_dir() else "there is no such folder"
+    problem = problem_with(folder) if folder.is_dir() else "there is no such folder"
     if problem:
         raise CheckpointError(f"cannot read the parameters in {folder}: {problem}.")
     return _read_subtree(folder, "", abstract)
@@ -332,7 +331,7 @@ def _newest_good(directory: Path) -> tuple[int | None, list[int]]:
     damaged: dict[int, str] = {}
     # Listed anew each time: a run may complete a checkpoint and delete an older one while we look.
     while steps := [step for step in _steps(directory) if step not in damaged]:
-        problem = _problem(directory / str(steps[-1]))
+        problem = problem_with(directory / str(steps[-1]))
         if problem is None:
             return steps[-1], [step for step in damaged if (directory / str(step)).exists()]
         damaged[steps[-1]] = problem
@@ -354,127 +353,7 @@ def _set_aside(folder: Path) -> None:
     while target.exists():
         count += 1
         target = folder.with_name(f"{folder.name}.corrupt-{count}")
-    _publish(folder, target)
-
-
-# --- files: flushing, checksums, rename -------------------------------------------------------------------------------
-
-
-def _files(folder: Path) -> list[Path]:
-    """Every file below `folder` but the checksums."""
-    return sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / CHECKSUMS)
-
-
-def _digests(folder: Path) -> dict[str, list[Any]]:
-    """File name -> [bytes, SHA-256] of every file below `folder`."""
-
-    def digest(path: Path) -> list[Any]:
-        with open(path, "rb") as file:
-            return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
-
-    files = _files(folder)
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        digests = pool.map(digest, files)
-        return {str(path.relative_to(folder)): value for path, value in zip(files, digests, strict=True)}
-
-
-def _sync(path: Path) -> None:
-    """Flush a file or folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _remove(folder: Path) -> None:
-    """Delete a folder, though writes that a failed save left running may add to it meanwhile."""
-    end = time.monotonic() + 2
-    while folder.exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        if time.monotonic() > end:
-            logger.warning("could not delete %s", folder)
-            return
-
-
-def _seal(folder: Path) -> None:
-    """Write the checksums of a finished folder; afterwards everything in it is on the disk."""
-    (folder / CHECKSUMS).write_text(json.dumps(_digests(folder), indent=1))
-    for path in [*folder.rglob("*"), folder]:
-        _sync(path)
-
-
-def _publish(source: Path, target: Path) -> None:
-    """Rename atomically, and make the rename last."""
-    os.rename(source, target)
-    _sync(target.parent)
-
-
-def _problem(folder: Path) -> str | None:
-    """What is wrong with a checkpoint folder, or None when every file is as it was written."""
-    try:
-        expected, found = json.loads((folder / CHECKSUMS).read_text()), _digests(folder)
-        for name, (size, digest) in expected.items():
-            if name not in found:
-                return f"{folder / name} is missing"
-            if found[name][0] != size:
-                return f"{folder / name} has {found[name][0]} bytes instead of {size}"
-            if found[name][1] != digest:
-                return f"the contents of {folder / name} have changed"
-    except FileNotFoundError as error:
-        return f"{error.filename} is missing"
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        return f"{folder / CHECKSUMS} or a file it lists cannot be read ({error})"
-    return None
-
-
-# --- trees of arrays --------------------------------------------------------------------------------------------------
-
-
-def _leaves(tree: Any) -> dict[str, Any]:
-    """Path such as `params/embedding` -> leaf. An attribute and a dict key of one name give the same path."""
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
-
-
-def _nest(leaves: dict[str, Any]) -> dict[str, Any]:
-    """The inverse of `_leaves`, as nested dicts."""
-    tree: dict[str, Any] = {}
-    for path, leaf in leaves.items():
-        *parents, name = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = leaf
-    return tree
-
-
-def _describe(leaves: dict[str, Any]) -> dict[str, list[Any]]:
-    """Path -> [dtype, shape], as JSON values."""
-    return {path: [str(leaf.dtype), list(leaf.shape)] for path, leaf in leaves.items()}
-
-
-def _require_same(folder: Path, saved: dict[str, list[Any]], wanted: dict[str, list[Any]]) -> None:
-    """Raise CheckpointError naming the first leaves that differ."""
-
-    def show(leaf: list[Any] | None) -> str:
-        return "absent" if leaf is None else f"{leaf[0]}{leaf[1]}"
-
-    paths = [path for path in {**wanted, **saved} if saved.get(path) != wanted.get(path)]
-    if paths:
-        first = {path: (show(saved.get(path)), show(wanted.get(path))) for path in paths[:5]}
-        listed = "".join(f"\n  {path}: {there} in the checkpoint, {here} here" for path, (there, here) in first.items())
-        raise CheckpointError(
-            f"checkpoint {folder} was made with another configuration: {len(paths)} of {len({**wanted, **saved})} "
-            f"arrays differ, among them{listed}\nSet run.directory to another folder, or use the configuration it was "
-            "made with; nothing was changed."
-        )
-
-
-def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
-    """`leaf` as a ShapeDtypeStruct with a sharding."""
-    sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    publish(folder, target)
 
 
 def _write_json(folder: Path, **items: dict[str, Any]) -> None:
@@ -488,57 +367,6 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
     return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
 
 
-def _save_arguments(leaves: dict[str, Any]) -> ocp.args.StandardSave:
-    """What Orbax saves, and in which chunks: small ones, so that a device of any mesh reads little besides its shard."""
-
-    def chunks(leaf: Any) -> ocp.SaveArgs:
-        # Orbax halves the longest axes first and would never divide the experts, [periods, X, ...].
-        experts = leaf.ndim > 3 and leaf.shape[1] <= MOST_EXPERTS
-        return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=(1,) if experts else ())
-
-    return ocp.args.StandardSave(_nest(leaves), _nest({path: chunks(leaf) for path, leaf in leaves.items()}))
-
-
-def _read_arrays(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
-    """Path -> array for the leaves in `wanted` (ShapeDtypeStructs with shardings); the other arrays are not read.
-
-    Each distinct shard is read once and put on its devices. Host memory holds the shards on their way there,
-    `READ_BYTES` together (or one that is larger), and never a whole array that is split.
-    """
-    item = _nest(wanted)
-    try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            chunks = _leaves(checkpointer.metadata(folder / "state").item_metadata.tree)
-        largest = max((_largest_read(leaf, chunks[path]) for path, leaf in wanted.items()), default=0)
-        reader = ocp.BasePyTreeCheckpointHandler(restore_concurrent_bytes=max(READ_BYTES, largest + 1))
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(handler_impl=reader)) as checkpointer:
-            tree = checkpointer.restore(
-                folder / "state",
-                args=ocp.args.PyTreeRestore(
-                    item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
-                ),
-            )
-    except Exception as error:
-        raise CheckpointError(f"cannot read the arrays in {folder}: {error}") from error
-    return _leaves(tree)
-
-
-def _largest_read(leaf: jax.ShapeDtypeStruct, metadata: Any) -> int:
-    """Bytes of the largest shard of `leaf`, counted in whole chunks, which are read and unpacked as one."""
-    storage = getattr(metadata, "storage", None)
-    if storage is None or len(storage.chunk_shape) != leaf.ndim:  # PRNG keys: a few bytes
-        return _bytes(leaf)
-
-    def size(shard: tuple[slice, ...]) -> int:
-        total = leaf.dtype.itemsize
-        for part, length, chunk in zip(shard, leaf.shape, storage.chunk_shape, strict=True):
-            start, stop, _ = part.indices(length)
-            total *= -(-stop // chunk) * chunk - start // chunk * chunk
-        return total
-
-    return max(map(size, leaf.sharding.addressable_devices_indices_map(leaf.shape).values()))
-
-
 def _read_subtree(folder: Path, prefix: str, abstract: Any) -> Any:
     """The arrays whose path begins with `prefix`, in the structure of `abstract` (nested dicts if None)."""
     leaves = _read_json(folder, "leaves")
@@ -548,19 +376,14 @@ def _read_subtree(folder: Path, prefix: str, abstract: Any) -> Any:
     if abstract is None:
         wanted = {path: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for path, (dtype, shape) in saved.items()}
     else:
-        wanted = _leaves(abstract)
-        _require_same(folder, saved, _describe(wanted))
-    values = _read_arrays(folder, {prefix + path: _placed(leaf) for path, leaf in wanted.items()})
+        wanted = leaves_of(abstract)
+        require_same(folder, saved, describe(wanted))
+    values = read_arrays(folder, {prefix + path: placed(leaf) for path, leaf in wanted.items()})
     found = {path: values[prefix + path] for path in wanted}
-    return _nest(found) if abstract is None else jax.tree.unflatten(jax.tree.structure(abstract), list(found.values()))
+    return nest(found) if abstract is None else jax.tree.unflatten(jax.tree.structure(abstract), list(found.values()))
 
 
-# --- sizes ------------------------------------------------------------------------------------------------------------
-
-
-def _bytes(leaf: Any) -> int:
-    """Bytes of an array; 16 an element for PRNG keys, whose dtype has no size of its own."""
-    return math.prod(leaf.shape) * getattr(leaf.dtype, "itemsize", 16)
+# --- room on the disk ---------------------------------------------------------------------------------------------------
 
 
 def _human(size: float) -> str:

@@ -20,7 +20,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 
-from bm_jax import checkpoint
+from bm_jax import array_files
 from bm_jax.checkpoint import (
     CheckpointError,
     Checkpoints,
@@ -231,7 +231,7 @@ def test_chunks_are_small_and_experts_apart(tmp_path):
 
 @pytest.mark.parametrize("room", [1, 2**22])
 def test_a_shard_of_more_bytes_than_are_read_at_a_time(tmp_path, room, monkeypatch):
-    monkeypatch.setattr(checkpoint, "READ_BYTES", room)
+    monkeypatch.setattr(array_files, "READ_BYTES", room)
     params = {"large": jnp.arange(3 * 2**20).reshape(3, -1), "small": jnp.ones(3), "key": jax.random.key(0)}
     save_parameters(tmp_path / "params", params)
     assert bits(load_parameters(tmp_path / "params", abstract(params))) == bits(params)
