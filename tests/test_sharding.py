@@ -1,4 +1,7 @@
-"""The table of layouts covers every parameter once, and what does not fit a mesh is refused."""
+"""The table of layouts covers every parameter once, and no device makes or holds more than its shards.
+
+`check_*` run in a process with eight devices.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +11,30 @@ import re
 import types
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
-from jax.sharding import AxisType, PartitionSpec
+from eight_devices import in_eight_devices
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import configs
-from bm_jax.config import Config, ConfigError, MambaConfig, MeshConfig, ModelConfig, MoeConfig
+from bm_jax.config import Config, ConfigError, DataConfig, MambaConfig, MeshConfig, ModelConfig, MoeConfig
+from bm_jax.data.pipeline import open_data
+from bm_jax.loss import next_token_loss
 from bm_jax.model import init_parameters
-from bm_jax.sharding import AXES, PARAMETER_SPECS, constrain, make_mesh, parameter_shardings, parameter_spec, path_name
+from bm_jax.optimizer import make_optimizer
+from bm_jax.sharding import (
+    AXES,
+    PARAMETER_SPECS,
+    batch_sharding,
+    constrain,
+    make_mesh,
+    parameter_shardings,
+    parameter_spec,
+    path_name,
+)
+from bm_jax.train import Run
+from bm_jax.train_step import init_state, state_shardings
 
 EVERY_PARAMETER = ModelConfig(
     layers=("mamba", "moe", "attention", "mlp", "attention+moe"),
@@ -44,6 +64,25 @@ def test_every_row_is_used():
     for pattern, _ in PARAMETER_SPECS:
         assert any(re.fullmatch(pattern, path) for path in paths), pattern
     assert all(sum(bool(re.fullmatch(pattern, path)) for pattern, _ in PARAMETER_SPECS) == 1 for path in paths)
+
+
+@pytest.mark.parametrize("name", configs.names())
+def test_moments_lie_where_their_parameters_lie(name):
+    config, mesh = configs.load(name), make_mesh(MeshConfig(data=1))
+    optimizer = make_optimizer(config.optimizer, config.run.steps)
+    state = jax.eval_shape(lambda: init_state(config, optimizer))
+    shardings = jax.tree_util.tree_leaves_with_path(state_shardings(state, optimizer, mesh).opt_state)
+    parameters = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state.params)}
+    moments: dict[str, list[PartitionSpec]] = {}
+    for (path, sharding), leaf in zip(shardings, jax.tree.leaves(state.opt_state), strict=True):
+        owners = [parameter for parameter in parameters if path_name(path).endswith(f"/{parameter}")]
+        owner = max(owners, key=len, default=None)  # "embedding" is also the end of "unembedding"
+        if owner is None:
+            assert (leaf.shape, sharding.spec) == ((), PartitionSpec()), path_name(path)
+        else:
+            moments.setdefault(owner, []).append(sharding.spec)
+            assert leaf.shape == parameters[owner].shape
+    assert moments == {path: [parameter_spec(path, leaf.ndim)] * 2 for path, leaf in parameters.items()}
 
 
 def test_plain_activations_have_no_axis_for_the_halves():
@@ -109,3 +148,95 @@ def test_presets_fit_eight_devices(preset):
 def test_constrain_without_a_mesh_does_nothing():
     x = jax.numpy.ones((2, 3))
     assert constrain(x, "batch", None) is x
+
+
+def shapes_in(program):
+    """Every shape of a compiled program, with the line where it stands."""
+    for line in program.as_text().splitlines():
+        for shape in re.findall(r"\b(?:pred|bf16|[fsu]\d+)\[([\d,]+)\]", line):
+            yield tuple(map(int, shape.split(","))), line
+
+
+STARTED = Config(
+    model=ModelConfig(layers=("mamba", "moe", "attention", "mlp"), repeats=2, vocab_size=264, width=64, tie_embeddings=False),
+    data=DataConfig(sequence_length=32, batch_size=8),
+)
+
+
+def check_initialization():
+    """A mesh starts with the numbers of one device, and each device makes only its shards of them."""
+
+    def run_on(**sizes):
+        config = dataclasses.replace(STARTED, mesh=MeshConfig(**({"data": 1} | sizes)))
+        mesh = make_mesh(config.mesh)
+        with jax.set_mesh(mesh):
+            return Run(config, open_data(config.data, config.model.vocab_size), mesh)
+
+    def numbers(state):
+        return [np.asarray(leaf) for leaf in jax.tree.leaves(state.replace(key=jax.random.key_data(state.key)))]
+
+    wanted = numbers(run_on().initialize())
+    whole = sum(leaf.nbytes for leaf in wanted)
+    for sizes in ({"fsdp": 8}, {"fsdp": 2, "expert": 2, "tensor": 2}, {"tensor": 8}):
+        run = run_on(**sizes)
+        with jax.set_mesh(run.mesh):
+            program, state = run.initialize.lower().compile(), run.initialize()
+        for got, leaf in zip(numbers(state), wanted, strict=True):
+            np.testing.assert_array_equal(got, leaf, strict=True)
+        held = dict.fromkeys(run.mesh.devices.flat, 0)
+        for shard in (shard for leaf in jax.tree.leaves(state.params) for shard in leaf.addressable_shards):
+            held[shard.device] += shard.data.nbytes
+        parameters = sum(leaf.nbytes for leaf in jax.tree.leaves(state.params))
+        # An eighth, and what the mesh does not split: small arrays, or with fsdp 2 those that only tensor 2 splits.
+        assert max(held.values()) < parameters * (0.20 if "expert" in sizes else 0.15), sizes
+        # On the way there, too: outputs (parameters and two moments) and all temporary values of one device.
+        memory = program.memory_analysis()
+        assert memory.output_size_in_bytes + memory.temp_size_in_bytes < whole / 3, sizes
+        largest = max(np.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(run.abstract))
+        assert max(np.prod(shape) for shape, _ in shapes_in(program)) == largest, sizes
+    # The same search finds the whole array where the layout is not asked for.
+    program = jax.jit(run.initialize, out_shardings=NamedSharding(run.mesh, PartitionSpec())).lower().compile()
+    assert max(np.prod(shape) for shape, _ in shapes_in(program)) == max(leaf.size for leaf in wanted)
+
+
+def check_channels():
+    """Values and gradients of the convolution and the scan, on E / tensor channels of a device and never on all."""
+    # E = 120 and 2 E are no size of anything else.
+    config = ModelConfig(layers=("mamba",), repeats=2, vocab_size=48, width=40, mamba=MambaConfig(expansion=3))
+    E = config.inner_width
+    for sizes in ({"data": 1, "tensor": 8}, {"data": 2, "tensor": 4}, {"data": 1, "fsdp": 2, "tensor": 4}, {"data": 8}):
+        mesh = make_mesh(MeshConfig(**sizes))
+        layout = parameter_shardings(abstract(config), mesh)
+        batch = jax.ShapeDtypeStruct((8, 25), jnp.int32, sharding=batch_sharding(mesh))
+        shapes = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract(config), layout
+        )
+
+        def loss(parameters, batch):
+            return next_token_loss(parameters, batch, config, training=True)[0].nll
+
+        step = jax.jit(jax.value_and_grad(loss), out_shardings=(None, layout))
+        with jax.set_mesh(mesh):
+            program = step.lower(shapes, {"tokens": batch, "segment_ids": batch}).compile()
+        tensor = mesh.shape["tensor"]
+        for scope in ("conv", "scan"):
+            for direction in ("/jvp", "/transpose"):
+                shapes_there = {shape for shape, line in shapes_in(program) if f"/mamba/{scope}/" in line and direction in line}
+                assert any(shape[-1:] == (E // tensor,) for shape in shapes_there), (sizes, scope, direction)
+        whole = [line for shape, line in shapes_in(program) if {E, 2 * E} & set(shape)]
+        gathered = [line for _, line in shapes_in(program) if "all-gather" in line and re.search("/(conv|scan)/", line)]
+        if tensor > 1:
+            assert not whole, whole[:3]
+            assert not gathered, gathered[:3]
+        else:
+            assert whole  # the search finds them where there are any
+
+
+@pytest.mark.slow
+def test_each_device_starts_with_its_shards(run_with_devices):
+    in_eight_devices(run_with_devices, "test_sharding", "check_initialization()")
+
+
+@pytest.mark.slow
+def test_convolution_and_scan_are_split_over_channels(run_with_devices):
+    in_eight_devices(run_with_devices, "test_sharding", "check_channels()")
