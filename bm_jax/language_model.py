@@ -244,18 +244,8 @@ class LanguageModel:
 
     @cached_property
     def _inference(self) -> tuple[Parameters, Parameters]:
-        """Parameters of `unrolled(config)` and of the unembedding, on the device, cast where that changes nothing."""
-        dtype = jnp.dtype(self.config.compute_dtype)
-
-        def place(path: tuple[Any, ...], leaf: Any) -> Any:
-            leaf = jnp.asarray(leaf)
-            return leaf.astype(dtype) if path[-1].key in COMPUTE_KERNELS else leaf
-
-        parameters = unroll(self.parameters, self.config)
-        parameters = jax.tree_util.tree_map_with_path(place, parameters)
-        # The residual stream starts from the embedding as it is; as an unembedding it is used in the compute dtype.
-        name = "embedding" if self.config.tie_embeddings else "unembedding"
-        return parameters, {name: parameters[name].astype(dtype)}
+        """`inference_parameters`, on the device."""
+        return inference_parameters(self.parameters, self.config)
 
     def logits(self, tokens: Any) -> np.ndarray:
         """Logits of the token after each token: float32 `[L, V]` for ids `[L]`, `[B, L, V]` for ids `[B, L]`.
@@ -427,6 +417,21 @@ class LanguageModel:
             hidden, cache = sampling.prefill(parameters, tokens[:, piece], segment_ids[:, piece], cache, config)
         assert hidden is not None
         return hidden, cache
+
+
+def inference_parameters(parameters: Parameters, config: ModelConfig) -> tuple[Parameters, Parameters]:
+    """Parameters of `unrolled(config)` and of the unembedding, cast to the compute dtype where that changes nothing."""
+    dtype = jnp.dtype(config.compute_dtype)
+
+    def place(path: tuple[Any, ...], leaf: Any) -> Any:
+        leaf = jnp.asarray(leaf)
+        return leaf.astype(dtype) if path[-1].key in COMPUTE_KERNELS else leaf
+
+    parameters = unroll(parameters, config)
+    parameters = jax.tree_util.tree_map_with_path(place, parameters)
+    # The residual stream starts from the embedding as it is; as an unembedding it is used in the compute dtype.
+    name = "embedding" if config.tie_embeddings else "unembedding"
+    return parameters, {name: parameters[name].astype(dtype)}
 
 
 @partial(jax.jit, static_argnames=("config",))
