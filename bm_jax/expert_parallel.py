@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from bm_jax.config import Activation
 from bm_jax.experts import apply_experts as apply_on_one_device
-from bm_jax.experts import expert_products, take_rows, weigh
+from bm_jax.experts import expert_products, inverse, places, take_rows, weigh
 from bm_jax.sharding import AXES, layout, map_shards, parameter_spec
 
 SLACK = 1.25
@@ -77,9 +77,9 @@ def _exchanged(w_in: Array, w_out: Array, rows: Array, expert: Array, activation
     """`_products` where the rows' experts live on any device of the `expert` axis."""
     devices, own, count = lax.axis_size("expert"), len(w_in), len(rows)
     peer = expert // own  # `devices` for no expert
-    sizes = jnp.sum(peer[:, None] == jnp.arange(devices), axis=0)
-    order = jnp.argsort(peer, stable=True)
-    rank = jnp.argsort(order) - (jnp.cumsum(sizes) - sizes)[jnp.minimum(peer, devices - 1)]
+    position, sizes = places(peer, devices)
+    order = inverse(position)
+    rank = position - (jnp.cumsum(sizes) - sizes)[jnp.minimum(peer, devices - 1)]
     local = (expert % own).astype(jnp.int32)
 
     def through(room: int, w_in: Array, w_out: Array, rows: Array) -> Array:

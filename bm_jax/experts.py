@@ -10,6 +10,9 @@ from bm_jax.config import Activation
 from bm_jax.layers import activate
 from pallas_kernels.grouped_matmul import grouped_matmul
 
+CHUNK = 128
+"""Rows counted in one product by `places`."""
+
 
 def apply_experts(w_in: Array, w_out: Array, tokens: Array, expert: Array, gate: Array, activation: Activation) -> Array:
     """The sum of what each token's experts make of it, weighed by the gates.
@@ -37,12 +40,43 @@ def weigh(rows: Array, gate: Array) -> Array:
 
 def expert_products(w_in: Array, w_out: Array, rows: Array, expert: Array, activation: Activation) -> Array:
     """Each row `[R, M]` through its expert `[R]`; X is no expert, which gives zero."""
-    order = jnp.argsort(expert, stable=True)
-    place = jnp.argsort(order)
-    group_sizes = jnp.sum(expert[:, None] == jnp.arange(len(w_in)), axis=0)
+    place, group_sizes = places(expert, len(w_in))
+    order = inverse(place)
     hidden = grouped_matmul(take_rows(rows, order, place), w_in.reshape(*w_in.shape[:2], -1), group_sizes)
     hidden = activate(hidden.reshape(-1, *w_in.shape[2:]), activation)
     return take_rows(grouped_matmul(hidden, w_out, group_sizes), place, order)
+
+
+def places(group: Array, groups: int) -> tuple[Array, Array]:
+    """Where each of the rows goes when they are sorted by group, keeping their order within it; and the groups' sizes.
+
+    A counting sort: rows of a group among the CHUNK before, by a product with a triangle of ones, and in earlier chunks.
+
+    Args:
+        group: integers `[R]`; `groups` is no group, whose rows come last.
+        groups: number of groups.
+
+    Returns:
+        int32 `[R]`, a permutation, and int32 `[groups]`.
+    """
+    rows = len(group)
+    member = jnp.pad(group, (0, -rows % CHUNK), constant_values=groups)[:, None] == jnp.arange(groups + 1)
+    chunks = member.reshape(-1, CHUNK, groups + 1)
+    triangle = jnp.tri(CHUNK, dtype=jnp.bfloat16)  # ones and zeros: exact in bfloat16, and their sums in float32
+    within = jnp.einsum("ij,cjg->cig", triangle, chunks.astype(jnp.bfloat16), preferred_element_type=jnp.float32)
+    within = within.astype(jnp.int32)
+    total = within[:, -1]
+    earlier = jnp.cumsum(total, axis=0) - total
+    sizes = jnp.sum(total, axis=0)
+    starts = jnp.cumsum(sizes) - sizes
+    place = jnp.sum(jnp.where(chunks, within + (earlier + starts)[:, None] - 1, 0), axis=2)
+    return place.reshape(-1)[:rows], sizes[:groups]
+
+
+def inverse(permutation: Array) -> Array:
+    """The permutation that undoes this one."""
+    empty = jnp.zeros_like(permutation)
+    return empty.at[permutation].set(jnp.arange(len(permutation)), unique_indices=True, mode="promise_in_bounds")
 
 
 @jax.custom_vjp

@@ -10,6 +10,7 @@ from jax import Array
 
 from bm_jax.config import ModelConfig, MoeConfig
 from bm_jax.expert_parallel import apply_experts
+from bm_jax.experts import places
 from bm_jax.initialization import Parameter, linear, zeros
 from bm_jax.layers import Context, hidden_shape
 from bm_jax.routing import Routing, Statistics, jitter, route
@@ -56,10 +57,10 @@ def moe(
     tokens = x.reshape(-1, x.shape[-1])
     mask = None if context.mask is None else context.mask.reshape(-1)
     with jax.named_scope("router"):
-        inputs = tokens.astype(jnp.promote_types(dtype, jnp.float32))
+        inputs = tokens.astype(dtype)
         if key is not None:
-            inputs = jitter(inputs, key, config.moe.input_jitter)
-        logits = jnp.dot(inputs, parameters["router"], precision=jax.lax.Precision.HIGHEST)
+            inputs = jitter(inputs.astype(jnp.promote_types(dtype, jnp.float32)), key, config.moe.input_jitter)
+        logits = router_logits(inputs, parameters["router"])
         if config.moe.router_bias:
             logits = logits + parameters["router_bias"]
         routing = route(logits, config.moe, training=training, mask=mask, parts=batch_parts(len(x)))
@@ -67,6 +68,49 @@ def moe(
         capacity = expert_capacity(len(tokens), config.moe) if training else None
         y, dropped = run_experts(parameters, x.astype(dtype), routing, config.moe, mask=mask, capacity=capacity)
     return y, routing.statistics._replace(dropped=dropped)
+
+
+def router_logits(x: Array, router: Array) -> Array:
+    """`x` `[T, M]` times the float32 `router` `[M, X]`, as exact as a float32 product: `[T, X]`, in float32 or wider.
+
+    Tokens in bfloat16 are multiplied by the router's leading, middle and last eight bits, three times the columns of one
+    product that reads the tokens once; a product in float32 would convert them first.
+    """
+    if x.dtype != jnp.bfloat16 or router.dtype != jnp.float32:
+        dtype = jnp.promote_types(x.dtype, jnp.float32)
+        return jnp.dot(x.astype(dtype), router, precision=jax.lax.Precision.HIGHEST)
+    return _router_logits(x, router)
+
+
+def _thirds(x: Array) -> Array:
+    """float32 `[..., X]` as three bfloat16 parts that sum to it, side by side: `[..., 3 X]`."""
+    parts = []
+    for _ in range(3):
+        # Rounded by an operation that the compiler must not take for an exact conversion back and forth.
+        part = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+        parts.append(part.astype(jnp.bfloat16))
+        x = x - part
+    return jnp.concatenate(parts, axis=-1)
+
+
+def _times_thirds(x: Array, y: Array) -> Array:
+    """`x` `[..., R, C]` in bfloat16 times float32 `y` `[C, X]`, summed in float32."""
+    products = jnp.dot(x, _thirds(y), preferred_element_type=jnp.float32)
+    return jnp.sum(products.reshape(*products.shape[:-1], 3, y.shape[-1]), axis=-2)
+
+
+@jax.custom_vjp
+def _router_logits(x: Array, router: Array) -> Array:
+    return _times_thirds(x, router)
+
+
+def _router_backward(residuals: tuple[Array, Array], d: Array) -> tuple[Array, Array]:
+    x, router = residuals
+    d_x = jnp.dot(d, router.T, precision=jax.lax.Precision.HIGHEST)
+    return d_x.astype(x.dtype), _times_thirds(x.T, d)
+
+
+_router_logits.defvjp(lambda x, router: (_router_logits(x, router), (x, router)), _router_backward)
 
 
 def expert_capacity(tokens: int, config: MoeConfig) -> int | None:
@@ -107,8 +151,7 @@ def run_experts(
 def _drop(expert: Array, experts: int, capacity: int) -> tuple[Array, Array]:
     """`expert` `[T, K]` without the assignments past each expert's first `capacity`, and the fraction of them."""
     flat = expert.reshape(-1)
-    wanted = jnp.sum(flat[:, None] == jnp.arange(experts), axis=0)
-    order = jnp.argsort(flat, stable=True)
-    rank = jnp.argsort(order) - (jnp.cumsum(wanted) - wanted)[jnp.minimum(flat, experts - 1)]
+    place, wanted = places(flat, experts)
+    rank = place - (jnp.cumsum(wanted) - wanted)[jnp.minimum(flat, experts - 1)]
     kept = jnp.where(rank < capacity, flat, experts).reshape(expert.shape)
     return kept, 1 - jnp.sum(jnp.minimum(wanted, capacity)) / jnp.maximum(jnp.sum(wanted), 1)

@@ -2,13 +2,13 @@
 
 A block is one producer warpgroup, which copies tiles of both arguments into a ring in shared memory, and two consumers,
 which multiply 64 rows each. Blocks stay on their processor and take one output tile after the other, so that the
-producer fetches the next tile's first parts while the consumers write the last one. A tile holds rows of one group: one
-that a border between groups falls into is computed once for each group, and each stores its own rows. A consumer
-without rows in a tile lets the other have the tensor cores.
+producer fetches the next tile's first parts while the consumers write the last one. The tiles of a group start at its
+first row, rounded down to what copies allow; of the first and the last one, only the group's own rows are stored. A
+consumer without rows in a tile lets the other have the tensor cores.
 
-The gradient of the matrices sums over a group's rows, in blocks that start at multiples of the block's size; rows of
-other groups are set to zero in shared memory. Every output element is one block's sum in a fixed order: two runs agree
-bit for bit. Products of bfloat16 or float16 are summed in float32.
+The gradient of the matrices sums over a group's rows, a part of them at a time; rows of other groups are set to zero in
+shared memory. Every output element is one block's sum in a fixed order: two runs agree bit for bit. Products of bfloat16
+or float16 are summed in float32.
 Run on an H100; times, and what else was tried, in benchmarks/README.md.
 """
 
@@ -33,8 +33,10 @@ DEPTH = 64
 """Length of the sums between two copies into the ring: 128 bytes, the width of shared memory's swizzle."""
 WIDTHS = (256, 192, 128)
 """Columns of an output tile, most preferred first."""
-SHARED_BYTES = 192 * 1024
-"""Of the ring; the rest of shared memory is for tiles on their way out."""
+ALIGNED = 8
+"""Copies start at multiples of so many rows."""
+SHARED_BYTES = 224 * 1024
+"""Shared memory of a block: of its ring, and of one tile on its way out."""
 PRODUCER = 2
 """The warpgroup that copies; the ones before it multiply."""
 SWIZZLED = (plgpu.TilingTransform((8, DEPTH)), plgpu.SwizzleTransform(128))
@@ -47,7 +49,8 @@ def refusal(call: Call) -> str | None:
     if call.target.platform != "gpu" or call.target.capability != 9:
         return f"it needs a GPU of compute capability 9.0 (Hopper), this is {call.target.kind}"
     lhs, rhs = call.arguments["lhs"], call.arguments["rhs"]
-    assert lhs is not None and rhs is not None
+    assert lhs is not None
+    assert rhs is not None
     dtype = jnp.result_type(lhs, rhs)
     if dtype not in (jnp.bfloat16, jnp.float16):
         return f"it multiplies bfloat16 and float16, not {dtype}"
@@ -77,12 +80,12 @@ def row_tiles(group_sizes: Array, rows: int) -> tuple[Tiles, Array]:
     earlier = index[:, None] > index  # a sum over these compiles into one small kernel, a cumulative sum does not
     low = jnp.sum(jnp.where(earlier, sizes, 0), axis=1)
     high = low + sizes
-    first = low // ROWS
-    count = jnp.where(sizes > 0, (high + ROWS - 1) // ROWS - first, 0)
+    first = low // ALIGNED * ALIGNED
+    count = jnp.where(sizes > 0, -((first - high) // ROWS), 0)
     start = jnp.sum(jnp.where(earlier, count, 0), axis=1)
-    tile = jnp.arange(-(-rows // ROWS) + len(group_sizes), dtype=jnp.int32)
+    tile = jnp.arange((rows + len(sizes) * (ROWS + ALIGNED)) // ROWS, dtype=jnp.int32)
     group = jnp.sum(tile[:, None] >= (start + count)[:-1], axis=1)
-    return Tiles(group, (first[group] + tile - start[group]) * ROWS, low[group], high[group]), jnp.sum(count, keepdims=True)
+    return Tiles(group, first[group] + (tile - start[group]) * ROWS, low[group], high[group]), jnp.sum(count, keepdims=True)
 
 
 def width(columns: int) -> int:
@@ -103,23 +106,25 @@ class Ring(NamedTuple):
     left: Any
     right: Any
     out: Any
-    """`[consumer, slot, HALF, DEPTH]`: parts of a tile on their way out."""
+    """`[consumer, part, HALF, DEPTH]`: a tile on its way out."""
     full: Any
     empty: Any
 
 
 def _stages(width: int) -> int:
-    return SHARED_BYTES // ((ROWS + width) * DEPTH * 2)
+    return (SHARED_BYTES - ROWS * width * 2) // ((ROWS + width) * DEPTH * 2)
 
 
-def _ring(left: tuple[int, int], right: tuple[int, int], stages: int, dtype: Any) -> Ring:
+def _ring(left: tuple[int, int], right: tuple[int, int], width: int, dtype: Any) -> Ring:
+    stages = _stages(width)
+
     def shared(*shape: int) -> Any:
         return plgpu.SMEM(shape, dtype, transforms=SWIZZLED)
 
     return Ring(
         left=shared(stages, *left),
         right=shared(stages, *right),
-        out=shared(PRODUCER, 2, HALF, DEPTH),
+        out=shared(PRODUCER, width // DEPTH, HALF, DEPTH),
         full=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
         empty=plgpu.Barrier(num_arrivals=PRODUCER, num_barriers=stages),
     )
@@ -202,14 +207,16 @@ def _consume(ring: Ring, stages: int, tiles: Any, locate: Any, active: Any, mult
 
 def _store(out: Any, staging: Any, row: Any, column: Any, columns: int, tile: Any) -> None:
     """Write the tile `[HALF, width]` through shared memory, leaving out the columns past the output's last."""
-    for k in range(tile.shape[1] // DEPTH):
+    parts = range(tile.shape[1] // DEPTH)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the tile before
+    for k in parts:
+        staging[k] = tile[:, k * DEPTH : (k + 1) * DEPTH]
+    plgpu.commit_smem()
+    for k in parts:
 
         @pl.when(column + k * DEPTH < columns)
-        def _() -> None:
-            plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-            staging[k % 2] = tile[:, k * DEPTH : (k + 1) * DEPTH]
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(staging.at[k % 2], out.at[pl.ds(row, HALF), pl.ds(column + k * DEPTH, DEPTH)])
+        def _(k: int = k) -> None:
+            plgpu.copy_smem_to_gmem(staging.at[k], out.at[pl.ds(row, HALF), pl.ds(column + k * DEPTH, DEPTH)])
 
 
 def _store_some(out: Any, row: Any, column: Any, columns: int, low: Any, high: Any, tile: Any) -> None:
@@ -225,7 +232,7 @@ def _store_some(out: Any, row: Any, column: Any, columns: int, low: Any, high: A
     write(out, tile, row, column, low, high)
 
 
-def _store_some_interpreted(out: Any, staging: Any, row: Any, column: Any, columns: int, low: Any, high: Any, tile: Any) -> None:
+def _store_rows(out: Any, staging: Any, row: Any, column: Any, columns: int, low: Any, high: Any, tile: Any) -> None:
     """`_store_some` where there are no lanes: row by row through shared memory."""
     for k in range(tile.shape[1] // DEPTH):
         plgpu.wait_smem_to_gmem(0)
@@ -331,7 +338,7 @@ def product(lhs: Array, rhs: Array, group_sizes: Array, *, transposed: bool = Fa
                 @pl.when(jnp.logical_not(whole))
                 def _() -> None:
                     if interpret:
-                        _store_some_interpreted(out, ring.out.at[warpgroup], row, column, columns, low, high, tile)
+                        _store_rows(out, ring.out.at[warpgroup], row, column, columns, low, high, tile)
                     else:
                         _store_some(out, row, column, columns, low, high, tile)
 
@@ -339,7 +346,7 @@ def product(lhs: Array, rhs: Array, group_sizes: Array, *, transposed: bool = Fa
 
         _specialize(lambda: _produce(ring, stages, mine, locate, copy), consume)
 
-    ring = _ring((ROWS, DEPTH), (wide, DEPTH) if transposed else (DEPTH, wide), stages, lhs.dtype)
+    ring = _ring((ROWS, DEPTH), (wide, DEPTH) if transposed else (DEPTH, wide), wide, lhs.dtype)
     output = jax.ShapeDtypeStruct((rows, columns), lhs.dtype)
     return _launch(body, ring, output, (*tiles, count, lhs, rhs), interpret)
 
@@ -367,13 +374,13 @@ def matrix_gradient(lhs: Array, d_out: Array, group_sizes: Array, *, interpret: 
             column = lax.div(within, jnp.int32(down))
             group = order[rank]
             start, end = low[group], high[group]
-            first = lax.div(start, jnp.int32(DEPTH))
-            parts = jnp.where(end > start, lax.div(end + DEPTH - 1, jnp.int32(DEPTH)) - first, 0)
+            first = lax.div(start, jnp.int32(ALIGNED)) * ALIGNED
+            parts = jnp.where(end > start, lax.div(end - first + DEPTH - 1, jnp.int32(DEPTH)), 0)
             return (group, start, end, first, (within - column * down) * ROWS, column * wide), parts
 
         def copy(where: Any, part: Any, slot: Any) -> None:
             _, _, _, first, row, column = where
-            deep = pl.ds((first + part) * DEPTH, DEPTH)
+            deep = pl.ds(first + part * DEPTH, DEPTH)
             plgpu.copy_gmem_to_smem(lhs.at[deep, pl.ds(row, ROWS)], ring.left.at[slot], ring.full.at[slot])
             plgpu.copy_gmem_to_smem(d_out.at[deep, pl.ds(column, wide)], ring.right.at[slot], ring.full.at[slot])
 
@@ -381,7 +388,7 @@ def matrix_gradient(lhs: Array, d_out: Array, group_sizes: Array, *, interpret: 
             def multiply(where: Any, index: Any, parts: Any, slot: Any, accumulator: Any) -> None:
                 _, start, end, first, _, _ = where
                 left, right = ring.left.at[slot, :, pl.ds(warpgroup * HALF, HALF)], ring.right.at[slot]
-                row = (first + index) * DEPTH
+                row = first + index * DEPTH
 
                 @pl.when((row < start) | (row + DEPTH > end))
                 def _() -> None:
@@ -407,7 +414,7 @@ def matrix_gradient(lhs: Array, d_out: Array, group_sizes: Array, *, interpret: 
 
         _specialize(lambda: _produce(ring, stages, mine, locate, copy), consume)
 
-    ring = _ring((DEPTH, ROWS), (DEPTH, wide), stages, lhs.dtype)
+    ring = _ring((DEPTH, ROWS), (DEPTH, wide), wide, lhs.dtype)
     output = jax.ShapeDtypeStruct((groups, depth, columns), lhs.dtype)
     return _launch(body, ring, output, (order, low, low + sizes, lhs, d_out), interpret)
 
