@@ -6,7 +6,8 @@ A product of `[m, k]` and `[k, n]` is 2 m k n operations; elementwise work is no
 - A conditional counts one branch: `usual` the last, which is the one of a true predicate, `most` the largest.
 - A grouped product (`ragged_dot`) counts each row once, whatever its group.
 - Inside a `shard_map` shapes are those of one device, so it counts once a device.
-- A Pallas kernel counts its grid times its body, blocks under `pl.when` as if taken.
+- A Pallas kernel counts its grid times its body, blocks under `pl.when` as if taken. A kernel of Mosaic GPU, whose processors
+  loop over work that is only known at run time, counts as the grouped product that its arguments are of, or as nothing.
 """
 
 from __future__ import annotations
@@ -62,6 +63,8 @@ def matrix_flops(jaxpr: Any, platform: str) -> Flops:
             total = total.plus(matrix_flops(params["jaxpr"], platform), math.prod(sizes[axis] for axis in axes))
         elif name == "pallas_call":
             total = total.plus(matrix_flops(params["jaxpr"], platform), _grid(params["grid_mapping"].grid))
+        elif name == "mpmd_map":
+            total = total.plus(_mosaic_kernel(equation))
         else:
             for inner in _inner(params):
                 total = total.plus(matrix_flops(inner, platform))
@@ -93,6 +96,15 @@ def _convolution(equation: Any) -> Flops:
     rhs = equation.invars[1].aval
     outputs = rhs.shape[equation.params["dimension_numbers"].rhs_spec[0]]
     flops = 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(rhs.shape) // outputs
+    return Flops(flops, flops)
+
+
+def _mosaic_kernel(equation: Any) -> Flops:
+    """Rows `[T, K]` with matrices `[X, K, N]`, or with `[T, N]` for the gradient of those: 2 T K N."""
+    arguments = [v.aval for v in equation.invars if jax.numpy.issubdtype(v.aval.dtype, jax.numpy.floating)]
+    if [len(a.shape) for a in arguments] not in ([2, 3], [2, 2]):
+        return NONE
+    flops = 2 * math.prod(arguments[0].shape) * equation.outvars[0].aval.shape[-1]
     return Flops(flops, flops)
 
 

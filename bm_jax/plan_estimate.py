@@ -15,12 +15,15 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, AxisType
 
+from bm_jax.cache import init_cache
 from bm_jax.config import GATED_ACTIVATIONS, Config, ConfigError, MeshConfig, ModelConfig
 from bm_jax.expert_parallel import SLACK
 from bm_jax.hlo import Movement, Traffic
+from bm_jax.language_model import COMPUTE_KERNELS
 from bm_jax.metrics import model_flops_per_token
 from bm_jax.model import init_parameters
 from bm_jax.plan_report import Program
+from bm_jax.sampling import CHUNK
 from bm_jax.sharding import AXES, BATCH_AXES, parameter_shardings
 from bm_jax.topologies import Topology
 
@@ -146,6 +149,44 @@ def estimate(config: Config, topology: Topology) -> Program:
     traffic = parameters * (7 + passes / 2) + 3 * working + 3 * logits * config.run.accumulation
     moved = Movement(_collectives(config, shapes, shardings, local * config.run.accumulation), traffic)
     return Program("train", memory, flops, flops, moved, moved, None)
+
+
+def estimate_inference(config: Config, topology: Topology, program: str) -> Program:
+    """`prefill` or `decode` of a layout that `check_layout` takes, from shapes alone: as `plan_compile` compiles them."""
+    model, mesh, batch = config.model, config.mesh, config.data.batch_size
+    decode = program == "decode"
+    passes, length = (CHUNK, 1) if decode else (1, config.data.sequence_length)
+    rows = batch / batch_parts(mesh)
+    local = rows * length / (1 if decode else mesh.sequence)
+    leaves = jax.tree_util.tree_leaves_with_path(_parameter_shapes(model))
+    splits = jax.tree.leaves(_shardings(config))
+    own = {path: float(math.prod(s.shard_shape(leaf.shape))) for (path, leaf), s in zip(leaves, splits, strict=True)}
+    parameters = sum(size * (2 if path[-1].key in COMPUTE_KERNELS else 4) for path, size in own.items())
+    ends = [size for path, size in own.items() if path[-1].key == ("embedding" if model.tie_embeddings else "unembedding")]
+    parameters += 2 * ends[0] * decode
+    room = 2 * config.data.sequence_length if "attention" in model.kinds else 0
+    cache = jax.eval_shape(lambda: init_cache(model, batch, room))
+    cached = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache)) / batch_parts(mesh) / mesh.tensor
+    activations = local * (sum(_activations(model, mesh)) + 4.0 * model.width)
+    memory = {"parameters": parameters, "cache": cached, "activations": activations}
+    per_token = model_flops_per_token(model, length, training=False)
+    if decode:
+        memory["logits"] = rows * model.vocab_size * 4.0
+    else:
+        per_token -= 2 * model.width * model.vocab_size
+    flops = per_token * batch * length * passes / topology.size
+    moved = Traffic()
+    for path, split in zip(own, splits, strict=True):
+        if "fsdp" in split.spec:
+            payload = 2.0 * own[path] * mesh.fsdp
+            moved += Traffic(1, payload, payload * (mesh.fsdp - 1) / mesh.fsdp).times(passes)
+    exchanged = local * model.moe.top_k * SLACK * 2.0 * model.width
+    count = 2 * passes * model.repeats * model.kinds.count("moe") * (mesh.expert > 1)
+    exchange = Traffic(1, exchanged, exchanged * (mesh.expert - 1) / mesh.expert).times(count)
+    collectives = {kind: t for kind, t in {"all-gather": moved, "all-to-all": exchange}.items() if t.sent}
+    traffic = passes * (parameters + 2 * cached + 2 * activations * model.repeats)
+    movement = Movement(collectives, traffic)
+    return Program(program, memory, flops, flops, movement, movement, None)
 
 
 def _activations(model: ModelConfig, mesh: MeshConfig) -> tuple[float, float]:

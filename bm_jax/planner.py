@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from bm_jax.config import Config, ConfigError, MeshConfig
 from bm_jax.plan_compile import Compiler, CompilerError
-from bm_jax.plan_estimate import batch_parts, check_layout, estimate, layouts, nearest, with_layout
+from bm_jax.plan_estimate import batch_parts, check_layout, estimate, estimate_inference, layouts, nearest, with_layout
 from bm_jax.plan_report import Program, Refusal, describe_layout, fits, report, speed, verdict
 from bm_jax.topologies import parse_topology, why_not_compiled
 
@@ -53,9 +53,6 @@ class Planner:
             good = True
             for program in self.request.programs:
                 found = self._find(compiler, config, program)
-                if found is None:
-                    print(f"{program}: no estimate; it is only compiled")
-                    continue
                 print(report(found, config, self.topology), flush=True)
                 good &= fits(found, chip)
             if not good:
@@ -89,18 +86,20 @@ class Planner:
         ordered = nearest(self.mesh, config.data.batch_size, config.run.remat, layouts(neighbour, self.topology))
         return (other for other in ordered if fits(estimate(other, self.topology), self.chip))
 
-    def _find(self, compiler: Compiler, config: Config, program: str) -> Program | Refusal | None:
-        """A program compiled, or estimated where it cannot be; None where there is no estimate of it."""
+    def _find(self, compiler: Compiler, config: Config, program: str) -> Program | Refusal:
+        """A program compiled, or estimated where it cannot be."""
         if not self.not_compiled:
             return compiler.compile(config, program)
-        return estimate(config, self.topology) if program == "train" else None
+        if program == "train":
+            return estimate(config, self.topology)
+        return estimate_inference(config, self.topology, program)
 
     def _name_nearest(self, compiler: Compiler, config: Config) -> None:
         """Say which layout is nearest to one that does not fit, compiled if that is possible."""
         others = (other for other in self._nearest() if other != config)
         for other in itertools.islice(others, self.request.compile_best):
             found = self._find(compiler, other, "train")
-            if found is not None and fits(found, self.chip):
+            if fits(found, self.chip):
                 print(f"nearest layout that works: {describe_layout(other)}\n  {verdict(found, self.chip)}")
                 return
         print("no layout of this topology that was tried fits; take more chips, or a shorter data.sequence-length")

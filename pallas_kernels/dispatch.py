@@ -14,6 +14,10 @@ OVERRIDE = "PALLAS_KERNELS_IMPLEMENTATION"
 operator (`xla`), or pairs (`selective_scan=xla,grouped_matmul=reference`) that leave the others alone."""
 
 
+CAPABILITIES = {"A100": 8.0, "H100": 9.0, "H200": 9.0, "GH200": 9.0, "B200": 10.0}
+"""CUDA compute capability by a word of the device's name, for devices that are only described: those say their name alone."""
+
+
 class Target(NamedTuple):
     """The device that a call is compiled for."""
 
@@ -59,8 +63,11 @@ def target() -> Target:
     # The abstract mesh can be read while tracing, the mesh itself cannot.
     described = jax.sharding.get_abstract_mesh().abstract_device or device
     platform = "gpu" if described.platform in ("gpu", "cuda", "rocm") else described.platform
-    capability = getattr(device, "compute_capability", None) if described.device_kind == device.device_kind else None
-    return Target(platform, described.device_kind, float(capability or 0))
+    if described.device_kind == device.device_kind:
+        capability = getattr(device, "compute_capability", None) or 0
+    else:
+        capability = next((CAPABILITIES[word] for word in described.device_kind.split() if word in CAPABILITIES), 0)
+    return Target(platform, described.device_kind, float(capability))
 
 
 def overridden(operator: str) -> str | None:

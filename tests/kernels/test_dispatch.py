@@ -72,9 +72,13 @@ def test_the_explanation_agrees_with_the_choice(gpu, monkeypatch):
     assert "fast: cannot: needs a GPU, this is cpu" in explain("op", TABLE, arguments(8))
 
 
-def test_the_target_is_the_default_device_or_the_mesh_in_force():
+@pytest.mark.parametrize(
+    "wanted",
+    [Target("tpu", "TPU v5 lite"), Target("gpu", "NVIDIA H100 80GB HBM3", 9.0), Target("gpu", "NVIDIA something", 0.0)],
+)
+def test_the_target_is_the_default_device_or_the_mesh_in_force(wanted):
     assert dispatch.target() == Target("cpu", jax.devices()[0].device_kind)
-    device = jax.sharding.AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")
+    device = jax.sharding.AbstractDevice(device_kind=wanted.kind, num_cores=1, platform=wanted.platform)
     mesh = jax.sharding.AbstractMesh((1,), ("x",), (jax.sharding.AxisType.Auto,), abstract_device=device)
     seen = []
 
@@ -84,7 +88,7 @@ def test_the_target_is_the_default_device_or_the_mesh_in_force():
 
     with jax.sharding.use_abstract_mesh(mesh):
         jax.eval_shape(traced, 1.0)
-    assert seen == [Target("tpu", "TPU v5 lite")]
+    assert seen == [wanted]
 
 
 @pytest.mark.parametrize(
