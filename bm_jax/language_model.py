@@ -35,7 +35,7 @@ from bm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from bm_jax.model import Parameters, forward, init_parameters, unroll, unrolled
 from bm_jax.model import logits as unembed
 from bm_jax.sampling import SamplingConfig
-from bm_jax.sharding import path_name
+from bm_jax.sharding import parameter_shardings, path_name, with_shardings
 
 FORMAT, VERSION = "blackmamba-jax model", 1
 PIECE = 2048
@@ -203,6 +203,9 @@ class LanguageModel:
     def load(cls, directory: str | os.PathLike[str], *, max_prompt_tokens: int = 65536, max_batch: int = 64) -> LanguageModel:
         """Read a model directory (made by `save`) or the newest checkpoint of a training run's directory.
 
+        Inside `jax.set_mesh(mesh)` with several devices, each reads and keeps its own shards of the parameters; use the
+        model in the same mesh. Otherwise the host keeps them.
+
         Raises:
             ConfigError: something is missing, damaged or of another shape; the message says what and where.
         """
@@ -211,14 +214,19 @@ class LanguageModel:
         from bm_jax.checkpoint import load_parameters, restore_parameters  # slow to import
 
         tokenizer = load_tokenizer(path)
+        mesh, shards = jax.sharding.get_mesh(), None
+        if mesh.size > 1:
+            shapes = jax.eval_shape(lambda: init_parameters(config, jax.random.key(0)))
+            shards = with_shardings(shapes, parameter_shardings(shapes, mesh))
         if is_run:
-            parameters = restore_parameters(path)
+            parameters = restore_parameters(path, shards)
         else:
             if not (path / "params").is_dir():
                 raise ConfigError(f"{path} has no params folder: the model directory is incomplete")
-            parameters = load_parameters(path / "params")
-        # The float32 originals wait on the host; the device holds only what inference reads.
-        return cls(config, jax.device_get(parameters), tokenizer, max_prompt_tokens=max_prompt_tokens, max_batch=max_batch)
+            parameters = load_parameters(path / "params", shards)
+        if shards is None:  # the float32 originals wait on the host; the device holds only what inference reads
+            parameters = jax.device_get(parameters)
+        return cls(config, parameters, tokenizer, max_prompt_tokens=max_prompt_tokens, max_batch=max_batch)
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write a self-contained model directory, all or nothing.

@@ -112,6 +112,13 @@ def parameter_shardings(abstract: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(sharding, abstract)
 
 
+def with_shardings(abstract: Any, shardings: Any) -> Any:
+    """The ShapeDtypeStructs of a tree, each with its sharding: what restoring needs to read shards alone."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings
+    )
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """How a batch `[B, L]` is split: rows over data, fsdp and expert."""
     return NamedSharding(mesh, P(BATCH_AXES))

@@ -35,7 +35,7 @@ from bm_jax.loss import LossSums
 from bm_jax.metrics import MetricsWriter, ProgressBar, device_peak_flops, model_flops_per_token, read_metrics
 from bm_jax.model import count_parameters
 from bm_jax.optimizer import make_optimizer
-from bm_jax.sharding import BATCH_AXES, batch_sharding, make_mesh
+from bm_jax.sharding import BATCH_AXES, batch_sharding, make_mesh, with_shardings
 from bm_jax.train_step import TrainState, init_state, make_eval_step, make_train_step, state_shardings
 
 
@@ -102,9 +102,7 @@ class Run:
         initialize = lambda: init_state(config, optimizer)  # noqa: E731
         abstract = jax.eval_shape(initialize)
         shardings = state_shardings(abstract, optimizer, mesh)
-        self.abstract = jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings
-        )
+        self.abstract = with_shardings(abstract, shardings)
         self.initialize = jax.jit(initialize, out_shardings=shardings)
         self.train_step = jax.jit(make_train_step(config, optimizer), donate_argnums=0, out_shardings=(shardings, None))
         self.eval_step = jax.jit(make_eval_step(config))
@@ -266,7 +264,7 @@ class Run:
             return None
         window = next(iter(next(iter(sources.values()))))
         opening = window["tokens"][0][window["segment_ids"][0] == 1][:64].tolist()
-        model = LanguageModel(self.config.model, jax.device_get(state.params), self.data.tokenizer)
+        model = LanguageModel(self.config.model, state.params, self.data.tokenizer)
         (completion,) = model.generate(
             [opening], max_tokens=self.config.run.sample_tokens, temperature=0.8, seed=self.config.run.seed
         )
@@ -323,7 +321,7 @@ def _check_batch(config: Config, mesh: jax.sharding.Mesh) -> None:
 
 
 def _check_same_run(config: Config, data: Data, directory: Path) -> None:
-    """A run keeps its model, data, tokenizer and seed for life; everything else may change when it continues."""
+    """A run keeps its model, data, tokenizer and seed for life; everything else, the mesh too, may change when it continues."""
     path = directory / "config.json"
     if not path.exists() or not (directory / "checkpoints").is_dir():
         return

@@ -12,6 +12,7 @@ import shutil
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from eight_devices import in_eight_devices
@@ -19,8 +20,9 @@ from eight_devices import in_eight_devices
 from bm_jax.checkpoint import Checkpoints
 from bm_jax.config import Config, DataConfig, MambaConfig, MeshConfig, ModelConfig, MoeConfig, OptimizerConfig, RunConfig
 from bm_jax.data.pipeline import open_data
+from bm_jax.language_model import LanguageModel
 from bm_jax.metrics import read_metrics
-from bm_jax.sharding import make_mesh
+from bm_jax.sharding import make_mesh, parameter_shardings
 from bm_jax.train import Run, fit
 
 BLACKMAMBA = Config(
@@ -41,6 +43,7 @@ BLACKMAMBA = Config(
 )
 ONE, EIGHT, TWO_BY_FOUR = MeshConfig(data=1), MeshConfig(data=1, fsdp=8), MeshConfig(data=2, expert=4)
 OTHER = MeshConfig(data=1, fsdp=2, tensor=4)
+PROMPT = list(range(65, 85))
 
 
 def on(mesh, directory, steps=1):
@@ -71,7 +74,7 @@ def restore(directory, step, mesh_config):
     leaves = jax.tree.leaves(restored.state)
     for leaf, wanted in zip(leaves, jax.tree.leaves(run.abstract), strict=True):
         assert leaf.sharding.is_equivalent_to(wanted.sharding, leaf.ndim)
-    keys = [jax.random.key_data(leaf) if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf for leaf in leaves]
+    keys = [jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf for leaf in leaves]
     return [np.asarray(leaf).tobytes() for leaf in keys]
 
 
@@ -109,6 +112,20 @@ def check_journey(directory):
         # (6e-8 of it), in no common direction. 2e-9 was seen; steps change the loss by 1e-2.
         np.testing.assert_allclose(losses(journey, *range(1, 9)), losses(whole, *range(1, 9)), rtol=1e-8)
         assert len(losses(journey, *range(1, 9))) == 8
+
+        # The finished model, loaded into the shards of a mesh, says what it says on one device.
+        alone = LanguageModel.load(journey)
+        mesh = make_mesh(OTHER)
+        with jax.set_mesh(mesh):
+            model = LanguageModel.load(journey)
+            for leaf, sharding in zip(
+                jax.tree.leaves(model.parameters), jax.tree.leaves(parameter_shardings(model.parameters, mesh)), strict=True
+            ):
+                assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+            # Logits are rounded to float32 at the end, the largest of them 1.
+            np.testing.assert_allclose(model.logits(PROMPT), alone.logits(PROMPT), rtol=0, atol=1e-6)
+            greedy = model.generate([PROMPT], max_tokens=8, temperature=0)[0]
+        assert greedy.tokens == alone.generate([PROMPT], max_tokens=8, temperature=0)[0].tokens
 
 
 @pytest.mark.slow

@@ -32,6 +32,7 @@ from bm_jax.sharding import (
     parameter_shardings,
     parameter_spec,
     path_name,
+    with_shardings,
 )
 from bm_jax.train import Run
 from bm_jax.train_step import init_state, state_shardings
@@ -208,9 +209,7 @@ def check_channels():
         mesh = make_mesh(MeshConfig(**sizes))
         layout = parameter_shardings(abstract(config), mesh)
         batch = jax.ShapeDtypeStruct((8, 25), jnp.int32, sharding=batch_sharding(mesh))
-        shapes = jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract(config), layout
-        )
+        shapes = with_shardings(abstract(config), layout)
 
         def loss(parameters, batch):
             return next_token_loss(parameters, batch, config, training=True)[0].nll
