@@ -33,7 +33,7 @@ class Arguments:
     search: bool = False
     """Try meshes, batch sizes and remat policies, and print the best that fit."""
     compile_best: Annotated[int, tyro.conf.arg(metavar="N")] = 3
-    """With --search: most layouts that are compiled; estimates choose them."""
+    """With --search: layouts to compile and print, which estimates choose. Otherwise: layouts to try when one does not fit."""
     gpu_target: str | None = None
     """For GPUs other than H100: a file with the compiler's description of them (a GpuTargetConfigProto in text form)."""
 

@@ -50,14 +50,14 @@ class Planner:
                 return self._search(compiler)
             config = self._layout()
             print(f"{self.request.preset} {describe_layout(config)}", flush=True)
-            good = True
+            unfit: list[Program | Refusal] = []
             for program in self.request.programs:
                 found = self._find(compiler, config, program)
                 print(report(found, config, self.topology), flush=True)
-                good &= fits(found, chip)
-            if not good:
-                self._name_nearest(compiler, config)
-            return 0 if good else 1
+                unfit += [] if fits(found, chip) else [found]
+            if unfit:
+                self._name_nearest(compiler, config, unfit[0])
+            return 1 if unfit else 0
 
     def _layout(self) -> Config:
         """The layout that is asked for; ConfigError naming the nearest one where it cannot be made."""
@@ -70,7 +70,7 @@ class Planner:
             made = with_layout(config, self.mesh, batch, config.run.remat)
             check_layout(made, self.topology)
         except ConfigError as error:
-            other = next(self._nearest(), None)
+            other = next(self._nearest(self.request.programs[0]), None)
             advice = (
                 "no mesh of this topology works"
                 if other is None
@@ -79,26 +79,33 @@ class Planner:
             raise ConfigError(f"{error}. By estimate {advice}") from None
         return made
 
-    def _nearest(self) -> Iterator[Config]:
-        """Layouts that fit by estimate, those most like the one asked for first."""
+    def _nearest(self, program: str, scale: float = 1) -> Iterator[Config]:
+        """Layouts in which a program fits by `scale` times its estimate, those most like the one asked for first."""
         config = self.config
         neighbour = dataclasses.replace(config, mesh=MeshConfig(sequence=config.mesh.sequence))
         ordered = nearest(self.mesh, config.data.batch_size, config.run.remat, layouts(neighbour, self.topology))
-        return (other for other in ordered if fits(estimate(other, self.topology), self.chip))
+        return (other for other in ordered if scale * self._estimate(other, program).needed <= self.chip.memory)
 
     def _find(self, compiler: Compiler, config: Config, program: str) -> Program | Refusal:
         """A program compiled, or estimated where it cannot be."""
-        if not self.not_compiled:
-            return compiler.compile(config, program)
+        return self._estimate(config, program) if self.not_compiled else compiler.compile(config, program)
+
+    def _estimate(self, config: Config, program: str) -> Program:
         if program == "train":
             return estimate(config, self.topology)
         return estimate_inference(config, self.topology, program)
 
-    def _name_nearest(self, compiler: Compiler, config: Config) -> None:
-        """Say which layout is nearest to one that does not fit, compiled if that is possible."""
-        others = (other for other in self._nearest() if other != config)
+    def _name_nearest(self, compiler: Compiler, config: Config, unfit: Program | Refusal) -> None:
+        """Say which layout is nearest to one in which a program does not fit, compiled if that is possible."""
+        program = unfit.name
+        scale = max(unfit.needed / self._estimate(config, program).needed, 1)  # as far as the estimate was off there
+        others = (other for other in self._nearest(program, scale) if other != config)
         for other in itertools.islice(others, self.request.compile_best):
-            found = self._find(compiler, other, "train")
+            try:
+                found = self._find(compiler, other, program)
+            except CompilerError as error:
+                print(f"{describe_layout(other)}: {error}", flush=True)
+                continue
             if fits(found, self.chip):
                 print(f"nearest layout that works: {describe_layout(other)}\n  {verdict(found, self.chip)}")
                 return
@@ -110,10 +117,10 @@ class Planner:
         fitting = [(other, guess) for other, guess in found if fits(guess, self.chip)]
         fitting.sort(key=lambda pair: -speed(pair[1], pair[0], self.chip))
         print(f"{len(found)} layouts, {len(fitting)} fit by estimate")
-        rows = list(self._compiled(compiler, fitting)) if not self.not_compiled else fitting[: self.request.compile_best]
-        rows = [(other, program) for other, program in rows if fits(program, self.chip)]
+        best = self.request.compile_best
+        rows = fitting[:best] if self.not_compiled else list(itertools.islice(self._compiled(compiler, fitting), best))
         if not rows:
-            print("none fits; take more chips, or a shorter data.sequence-length")
+            print("none that was tried fits; take more chips, or a shorter data.sequence-length")
             return 1
         rows.sort(key=lambda pair: -speed(pair[1], pair[0], self.chip))
         print("best first, by predicted speed (not measured):")
@@ -122,14 +129,15 @@ class Planner:
         return 0
 
     def _compiled(self, compiler: Compiler, fitting: Iterable[tuple[Config, Program]]) -> Iterator[tuple[Config, Program]]:
-        for other, _ in itertools.islice(fitting, self.request.compile_best):
+        """Those of the first few that compile and fit."""
+        for other, _ in itertools.islice(fitting, 4 * self.request.compile_best):
             try:
                 program = compiler.compile(other, "train")
             except CompilerError as error:
                 print(f"{describe_layout(other)}: {error}", flush=True)
                 continue
             print(f"{describe_layout(other)}: {verdict(program, self.chip)}", flush=True)
-            if isinstance(program, Program):
+            if isinstance(program, Program) and fits(program, self.chip):
                 yield other, program
 
 
