@@ -73,8 +73,8 @@ def moe(
 def router_logits(x: Array, router: Array) -> Array:
     """`x` `[T, M]` times the float32 `router` `[M, X]`, as exact as a float32 product: `[T, X]`, in float32 or wider.
 
-    Tokens in bfloat16 are multiplied by the router's leading, middle and last eight bits, three times the columns of one
-    product that reads the tokens once; a product in float32 would convert them first.
+    With tokens in bfloat16, float32 factors are split in three bfloat16 parts, whose products are side by side in one that
+    reads the tokens as they are; a product in float32 would convert them first.
     """
     if x.dtype != jnp.bfloat16 or router.dtype != jnp.float32:
         dtype = jnp.promote_types(x.dtype, jnp.float32)
@@ -82,32 +82,37 @@ def router_logits(x: Array, router: Array) -> Array:
     return _router_logits(x, router)
 
 
-def _thirds(x: Array) -> Array:
-    """float32 `[..., X]` as three bfloat16 parts that sum to it, side by side: `[..., 3 X]`."""
+def _parts(x: Array) -> list[Array]:
+    """float32 as three bfloat16 parts that sum to it: its leading, middle and last bits."""
     parts = []
     for _ in range(3):
         # Rounded by an operation that the compiler must not take for an exact conversion back and forth.
         part = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
         parts.append(part.astype(jnp.bfloat16))
         x = x - part
-    return jnp.concatenate(parts, axis=-1)
+    return parts
 
 
-def _times_thirds(x: Array, y: Array) -> Array:
-    """`x` `[..., R, C]` in bfloat16 times float32 `y` `[C, X]`, summed in float32."""
-    products = jnp.dot(x, _thirds(y), preferred_element_type=jnp.float32)
-    return jnp.sum(products.reshape(*products.shape[:-1], 3, y.shape[-1]), axis=-2)
+def _times_parts(x: Array, y: Array) -> Array:
+    """`x` `[R, C]` in bfloat16 times float32 `y` `[C, X]`, summed in float32."""
+    products = jnp.dot(x, jnp.concatenate(_parts(y), axis=1), preferred_element_type=jnp.float32)
+    return jnp.sum(products.reshape(len(x), 3, -1), axis=1)
 
 
 @jax.custom_vjp
 def _router_logits(x: Array, router: Array) -> Array:
-    return _times_thirds(x, router)
+    return _times_parts(x, router)
 
 
 def _router_backward(residuals: tuple[Array, Array], d: Array) -> tuple[Array, Array]:
     x, router = residuals
-    d_x = jnp.dot(d, router.T, precision=jax.lax.Precision.HIGHEST)
-    return d_x.astype(x.dtype), _times_thirds(x.T, d)
+    d_parts, router_parts = _parts(d), _parts(router)
+    # The other three of nine products are below float32's rounding.
+    pairs = [(i, j) for i in range(3) for j in range(3 - i)]
+    left = jnp.concatenate([d_parts[i] for i, _ in pairs], axis=1)
+    right = jnp.concatenate([router_parts[j] for _, j in pairs], axis=1)
+    d_x = jnp.dot(left, right.T, preferred_element_type=jnp.float32)
+    return d_x.astype(x.dtype), _times_parts(x.T, d)
 
 
 _router_logits.defvjp(lambda x, router: (_router_logits(x, router), (x, router)), _router_backward)

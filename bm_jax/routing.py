@@ -18,7 +18,6 @@ one iteration (a row update, then a column update) is `p = softmax(logits / temp
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import jax
@@ -26,6 +25,7 @@ import jax.numpy as jnp
 
 from bm_jax.config import MoeConfig
 from bm_jax.shapes import Array, Bool, Float, Int
+from pallas_kernels.sinkhorn import sinkhorn_potentials
 
 Scores = Float[Array, "T X"]
 Index = Int[Array, "T K"]
@@ -86,8 +86,12 @@ def _sinkhorn_router(logits: Scores, config: MoeConfig, training: bool, mask: Ma
         def balance(logits: Scores, mask: Mask | None) -> Scores:
             return sinkhorn(logits, config.sinkhorn_iterations, temperature=config.sinkhorn_temperature, mask=mask)
 
-        split = jax.lax.stop_gradient(logits).reshape(parts, -1, logits.shape[1])
-        scores = jax.vmap(balance)(split, None if mask is None else mask.reshape(parts, -1)).reshape(logits.shape)
+        scores = jax.lax.stop_gradient(logits)
+        if parts == 1:
+            scores = balance(scores, mask)
+        else:
+            split = scores.reshape(parts, -1, logits.shape[1])
+            scores = jax.vmap(balance)(split, None if mask is None else mask.reshape(parts, -1)).reshape(logits.shape)
     # Differs from Zyphra/BlackMamba: argmax of the logits, not of their sigmoid. It is the same expert, except where
     # sigmoids round to the same number (float32: all logits above 17; bfloat16: above 6) and the first would win.
     index = jnp.argmax(scores, axis=-1)[:, None]
@@ -142,20 +146,13 @@ def sinkhorn(
     # the loop after one pass for T >= 2048 whatever the balance, and an absolute epsilon makes the scale drift. Its
     # exp(2 * logits) is temperature 0.5 here.
     scores = logits.astype(_compute_type(logits)).T / temperature  # [X, T]: tokens minor, long vectors on any device
-    experts, tokens = scores.shape
+    tokens = scores.shape[1]
     valid = jnp.ones(tokens, bool) if mask is None else mask | ~mask.any()  # with nothing to plan, plan everything
     scores = jnp.where(valid, scores, 0)
     count = valid.sum().astype(scores.dtype)
-    log_share = jnp.log(count) - math.log(experts)  # tokens an expert should get
-
-    def iterate(_: int | Array, column: PerExpert) -> PerExpert:
-        log_p = jax.nn.log_softmax(scores + column[:, None], axis=0)
-        log_load = jax.nn.logsumexp(jnp.where(valid, log_p, -jnp.inf), axis=1)
-        return column + (log_share - log_load)
-
     # Differs from Zyphra/BlackMamba: starts by centring each expert, not from 1 / sum_t(exp(logits)). The sum follows
     # its largest term, so with heavy-tailed logits it starts far away; the mean undoes a bias exactly and is cheaper.
-    column = jax.lax.fori_loop(0, iterations, iterate, -scores.sum(axis=1) / count)
+    column = sinkhorn_potentials(scores, valid, -scores.sum(axis=1) / count, iterations)
     plan = jax.nn.log_softmax(scores + column[:, None], axis=0) - jnp.log(count)
     return (plan if mask is None else jnp.where(mask, plan, -jnp.inf)).T
 

@@ -54,8 +54,11 @@ def refusal(call: Call) -> str | None:
     dtype = jnp.result_type(lhs, rhs)
     if dtype not in (jnp.bfloat16, jnp.float16):
         return f"it multiplies bfloat16 and float16, not {dtype}"
-    if rhs.shape[1] % DEPTH or rhs.shape[2] % DEPTH or lhs.shape[0] % 8:
-        return f"it needs K and N in multiples of {DEPTH} and T in multiples of 8, got lhs {lhs.shape} and rhs {rhs.shape}"
+    if 0 in (*lhs.shape, *rhs.shape) or rhs.shape[1] % DEPTH or rhs.shape[2] % DEPTH or lhs.shape[0] % ALIGNED:
+        return (
+            f"it needs K and N in multiples of {DEPTH} and T in multiples of {ALIGNED}, none zero, "
+            f"got lhs {lhs.shape} and rhs {rhs.shape}"
+        )
     return None
 
 
@@ -73,19 +76,21 @@ class Tiles(NamedTuple):
 
 
 def row_tiles(group_sizes: Array, rows: int) -> tuple[Tiles, Array]:
-    """The tiles of ROWS rows that hold rows of each group, and of no group; and how many there are, `[1]`."""
+    """The tiles of ROWS rows that hold rows of each group, and of no group; and how many are before each, `[X + 2]`."""
     sizes = group_sizes.astype(jnp.int32)
-    sizes = jnp.concatenate([sizes, rows - jnp.sum(sizes, keepdims=True)])
-    index = jnp.arange(len(sizes))
-    earlier = index[:, None] > index  # a sum over these compiles into one small kernel, a cumulative sum does not
-    low = jnp.sum(jnp.where(earlier, sizes, 0), axis=1)
-    high = low + sizes
+    low = _sums_before(sizes)
+    high = jnp.concatenate([low[1:], jnp.full(1, rows, jnp.int32)])
     first = low // ALIGNED * ALIGNED
-    count = jnp.where(sizes > 0, -((first - high) // ROWS), 0)
-    start = jnp.sum(jnp.where(earlier, count, 0), axis=1)
-    tile = jnp.arange((rows + len(sizes) * (ROWS + ALIGNED)) // ROWS, dtype=jnp.int32)
-    group = jnp.sum(tile[:, None] >= (start + count)[:-1], axis=1)
-    return Tiles(group, first[group] + (tile - start[group]) * ROWS, low[group], high[group]), jnp.sum(count, keepdims=True)
+    count = jnp.where(high > low, -((first - high) // ROWS), 0)
+    start = _sums_before(count)
+    tile = jnp.arange((rows + len(low) * (ROWS + ALIGNED)) // ROWS, dtype=jnp.int32)
+    group = jnp.sum(tile[:, None] >= start[1:-1], axis=1)
+    return Tiles(group, first[group] + (tile - start[group]) * ROWS, low[group], high[group]), start
+
+
+def _sums_before(x: Array) -> Array:
+    """Sums of the elements before each position, `[X]` -> `[X + 1]`, in one small kernel as `jnp.cumsum` is not."""
+    return jnp.sum(jnp.where(jnp.arange(len(x) + 1)[:, None] > jnp.arange(len(x)), x, 0), axis=1)
 
 
 def width(columns: int) -> int:
@@ -130,12 +135,21 @@ def _ring(left: tuple[int, int], right: tuple[int, int], width: int, dtype: Any)
     )
 
 
-def _produce(ring: Ring, stages: int, tiles: Any, locate: Any, copy: Any) -> None:
+def _each(tiles: Any, locate: Any, count: Any, tile: Any) -> Any:
+    """`done = tile(where, parts, done)` for every tile; where the next one is, past the last too, is read before it begins."""
+
+    def step(k: Any, carry: Any) -> Any:
+        where, done = carry
+        after = locate(k + 1)
+        return after, tile(where, count(where), done)
+
+    return lax.fori_loop(0, tiles, step, (locate(jnp.int32(0)), jnp.int32(0)))[1]
+
+
+def _produce(ring: Ring, stages: int, tiles: Any, locate: Any, count: Any, copy: Any) -> None:
     """Copy the parts of every tile into the ring, as slots become free."""
 
-    def tile(k: Any, done: Any) -> Any:
-        where, parts = locate(k)
-
+    def tile(where: Any, parts: Any, done: Any) -> Any:
         def part(index: Any, step: Any) -> Any:
             slot = lax.rem(step, stages)
 
@@ -148,19 +162,19 @@ def _produce(ring: Ring, stages: int, tiles: Any, locate: Any, copy: Any) -> Non
 
         return lax.fori_loop(0, parts, part, done)
 
-    done = lax.fori_loop(0, tiles, tile, jnp.int32(0))
+    done = _each(tiles, locate, count, tile)
 
     @pl.loop(jnp.maximum(done - stages, 0), done)
     def _(step: Any) -> None:
         plgpu.barrier_wait(ring.empty.at[lax.rem(step, stages)])
 
 
-def _consume(ring: Ring, stages: int, tiles: Any, locate: Any, active: Any, multiply: Any, store: Any, width: int) -> None:
+def _consume(
+    ring: Ring, stages: int, tiles: Any, locate: Any, count: Any, active: Any, multiply: Any, store: Any, width: int
+) -> None:
     """Multiply the parts of every tile, and store it."""
 
-    def tile(k: Any, done: Any) -> Any:
-        where, parts = locate(k)
-
+    def tile(where: Any, parts: Any, done: Any) -> Any:
         def release(step: Any) -> None:
             plgpu.barrier_arrive(ring.empty.at[lax.rem(step, stages)])
 
@@ -201,7 +215,7 @@ def _consume(ring: Ring, stages: int, tiles: Any, locate: Any, active: Any, mult
 
         return done + parts
 
-    lax.fori_loop(0, tiles, tile, jnp.int32(0))
+    _each(tiles, locate, count, tile)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
@@ -292,22 +306,24 @@ def product(lhs: Array, rhs: Array, group_sizes: Array, *, transposed: bool = Fa
     wide = width(columns)
     stages, across, parts = _stages(wide), -(-columns // wide), depth // DEPTH
     groups = len(group_sizes)
-    tiles, count = row_tiles(group_sizes, rows)
+    tiles, before = row_tiles(group_sizes, rows)
 
-    def body(group: Any, row: Any, low: Any, high: Any, count: Any, lhs: Any, rhs: Any, out: Any, ring: Ring) -> None:
-        down = count[0]
+    def body(group: Any, row: Any, low: Any, high: Any, before: Any, lhs: Any, rhs: Any, out: Any, ring: Ring) -> None:
+        down = before[groups + 1]
         block, mine = _own(down * across)
 
         def locate(k: Any) -> Any:
             # Down a band of rows first, then to the next columns.
-            tile = block + k * processors()
+            tile = jnp.minimum(block + k * processors(), down * across - 1)
             band = lax.div(tile, jnp.int32(BAND * across))
             within = tile - band * (BAND * across)
             tall = jnp.minimum(BAND, down - band * BAND)
             column = lax.div(within, tall)
             index = band * BAND + within - column * tall
-            own = group[index]
-            return (own, row[index], low[index], high[index], column * wide), jnp.where(own < groups, parts, 0)
+            return group[index], row[index], low[index], high[index], column * wide
+
+        def count_parts(where: Any) -> Any:
+            return jnp.where(where[0] < groups, parts, 0)
 
         def copy(where: Any, part: Any, slot: Any) -> None:
             own, row, _, _, column = where
@@ -342,13 +358,13 @@ def product(lhs: Array, rhs: Array, group_sizes: Array, *, transposed: bool = Fa
                     else:
                         _store_some(out, row, column, columns, low, high, tile)
 
-            _consume(ring, stages, mine, locate, active, multiply, store, wide)
+            _consume(ring, stages, mine, locate, count_parts, active, multiply, store, wide)
 
-        _specialize(lambda: _produce(ring, stages, mine, locate, copy), consume)
+        _specialize(lambda: _produce(ring, stages, mine, locate, count_parts, copy), consume)
 
     ring = _ring((ROWS, DEPTH), (wide, DEPTH) if transposed else (DEPTH, wide), wide, lhs.dtype)
     output = jax.ShapeDtypeStruct((rows, columns), lhs.dtype)
-    return _launch(body, ring, output, (*tiles, count, lhs, rhs), interpret)
+    return _launch(body, ring, output, (*tiles, before, lhs, rhs), interpret)
 
 
 def matrix_gradient(lhs: Array, d_out: Array, group_sizes: Array, *, interpret: Any = None) -> Array:
@@ -359,36 +375,41 @@ def matrix_gradient(lhs: Array, d_out: Array, group_sizes: Array, *, interpret: 
     groups = len(group_sizes)
     sizes = group_sizes.astype(jnp.int32)
     index = jnp.arange(groups)
-    low = jnp.sum(jnp.where(index[:, None] > index, sizes, 0), axis=1)
+    low = _sums_before(sizes)
     # Large groups first, so that blocks which take one tile more than others take a small one.
     before = (sizes[:, None] < sizes) | ((sizes[:, None] == sizes) & (index[:, None] > index))
     order = jnp.argmax(jnp.sum(before, axis=1)[:, None] == index, axis=0).astype(jnp.int32)
 
-    def body(order: Any, low: Any, high: Any, lhs: Any, d_out: Any, out: Any, ring: Ring) -> None:
+    def body(order: Any, low: Any, lhs: Any, d_out: Any, out: Any, ring: Ring) -> None:
         block, mine = _own(jnp.int32(groups * down * across))
 
         def locate(k: Any) -> Any:
-            tile = block + k * processors()
+            tile = jnp.minimum(block + k * processors(), groups * down * across - 1)
             rank = lax.div(tile, jnp.int32(down * across))
             within = tile - rank * (down * across)
             column = lax.div(within, jnp.int32(down))
             group = order[rank]
-            start, end = low[group], high[group]
-            first = lax.div(start, jnp.int32(ALIGNED)) * ALIGNED
-            parts = jnp.where(end > start, lax.div(end - first + DEPTH - 1, jnp.int32(DEPTH)), 0)
-            return (group, start, end, first, (within - column * down) * ROWS, column * wide), parts
+            start, end = low[group], low[group + 1]
+            return group, start, end, (within - column * down) * ROWS, column * wide
+
+        def begin(where: Any) -> Any:
+            return lax.div(where[1], jnp.int32(ALIGNED)) * ALIGNED
+
+        def count_parts(where: Any) -> Any:
+            _, start, end, _, _ = where
+            return jnp.where(end > start, lax.div(end - begin(where) + DEPTH - 1, jnp.int32(DEPTH)), 0)
 
         def copy(where: Any, part: Any, slot: Any) -> None:
-            _, _, _, first, row, column = where
-            deep = pl.ds(first + part * DEPTH, DEPTH)
+            _, _, _, row, column = where
+            deep = pl.ds(begin(where) + part * DEPTH, DEPTH)
             plgpu.copy_gmem_to_smem(lhs.at[deep, pl.ds(row, ROWS)], ring.left.at[slot], ring.full.at[slot])
             plgpu.copy_gmem_to_smem(d_out.at[deep, pl.ds(column, wide)], ring.right.at[slot], ring.full.at[slot])
 
         def consume(warpgroup: Any) -> None:
             def multiply(where: Any, index: Any, parts: Any, slot: Any, accumulator: Any) -> None:
-                _, start, end, first, _, _ = where
+                _, start, end, _, _ = where
                 left, right = ring.left.at[slot, :, pl.ds(warpgroup * HALF, HALF)], ring.right.at[slot]
-                row = first + index * DEPTH
+                row = begin(where) + index * DEPTH
 
                 @pl.when((row < start) | (row + DEPTH > end))
                 def _() -> None:
@@ -403,20 +424,20 @@ def matrix_gradient(lhs: Array, d_out: Array, group_sizes: Array, *, interpret: 
                 plgpu.wgmma(accumulator, plgpu.transpose_ref(left, (1, 0)), right)
 
             def store(where: Any, tile: Any) -> None:
-                group, _, _, _, row, column = where
+                group, _, _, row, column = where
                 row = row + warpgroup * HALF
                 _store(out.at[group], ring.out.at[warpgroup], row, column, columns, tile.astype(out.dtype))
 
             def active(where: Any) -> Any:
-                return where[4] + warpgroup * HALF < depth
+                return where[3] + warpgroup * HALF < depth
 
-            _consume(ring, stages, mine, locate, active, multiply, store, wide)
+            _consume(ring, stages, mine, locate, count_parts, active, multiply, store, wide)
 
-        _specialize(lambda: _produce(ring, stages, mine, locate, copy), consume)
+        _specialize(lambda: _produce(ring, stages, mine, locate, count_parts, copy), consume)
 
     ring = _ring((DEPTH, ROWS), (DEPTH, wide), wide, lhs.dtype)
     output = jax.ShapeDtypeStruct((groups, depth, columns), lhs.dtype)
-    return _launch(body, ring, output, (order, low, low + sizes, lhs, d_out), interpret)
+    return _launch(body, ring, output, (order, low, lhs, d_out), interpret)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
