@@ -29,6 +29,7 @@ import json
 import logging
 import os
 import shutil
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -235,6 +236,8 @@ class Checkpoints:
 
     def _failed(self, step: int, error: Exception) -> CheckpointError:
         """The error of a failed save of `step`, after removing its partial folder."""
+        self._remove_leftovers()
+        time.sleep(0.2)  # a write that Orbax left running may have made the folder anew
         self._remove_leftovers()
         reason = f"{error}".strip() or type(error).__name__
         if _is_disk_full(error):
