@@ -188,6 +188,8 @@ class Program:
             return dataclasses.replace(heaviest, memory=max(branch.memory for branch in branches))
         moved = Movement() if inside else Movement(memory=self.memory(at, self.computations[where]))
         kind = at.opcode.removesuffix("-start")
+        if kind == "all-reduce" and where.startswith("all-reduce-scatter"):
+            kind = "reduce-scatter"  # a fusion of libtpu in which each device keeps its part
         if kind in COLLECTIVES:
             overlapped = OVERLAPPED.search(at.attributes)
             if overlapped and overlapped[1] != "-1":
@@ -222,8 +224,6 @@ class Program:
         shapes = self.computations[where]
         given = sum(size_in_bytes(shapes[name].shape) for name in at.operands if name in shapes)
         n = self.group_size(at)
-        if kind == "all-reduce" and where.startswith("all-reduce-scatter"):
-            return Traffic(1, given, given * (n - 1) / n)  # a fusion in which each device keeps its part
         if kind == "all-gather":
             return Traffic(1, given * n, given * (n - 1))
         share = {"all-reduce": 2 * (n - 1) / n, "reduce-scatter": (n - 1) / n, "all-to-all": (n - 1) / n}
