@@ -26,8 +26,8 @@ import jax
 import jax.numpy as jnp
 from harness import machine
 
+from bm_jax.config import MeshConfig
 from bm_jax.optimizer import make_optimizer
-from bm_jax.plan import parse_mesh
 from bm_jax.sharding import batch_sharding, make_mesh
 from bm_jax.train_step import init_state, make_train_step, state_shardings
 
@@ -60,7 +60,7 @@ def kernel_times(folder: Path) -> dict[str, float]:
 def measure(text: str, options: argparse.Namespace) -> dict[str, Any]:
     """One mesh."""
     config = importlib.import_module(f"configs.{options.preset}").config
-    mesh_config = parse_mesh(text)
+    mesh_config = MeshConfig(**{name: int(size) for name, size in (pair.split("=") for pair in text.split(","))})
     size = max(mesh_config.data, 1) * mesh_config.fsdp * mesh_config.expert * mesh_config.tensor * mesh_config.sequence
     mesh = make_mesh(dataclasses.replace(mesh_config, data=max(mesh_config.data, 1)), jax.devices()[:size])
     rows, length = options.rows * size, config.data.sequence_length
