@@ -106,5 +106,6 @@ def _exchanged(w_in: Array, w_out: Array, rows: Array, expert: Array, activation
         return through(count, w_in, w_out, rows)
     # The same on every device, as both branches exchange rows.
     fits = lax.pmax(jnp.max(sizes), AXES) <= room
-    branches = (functools.partial(through, size) for size in (room, count))
-    return lax.cond(fits, *branches, w_in, w_out, rows)
+    # The backward pass computes the rare branch again: what it would keep takes memory whichever branch is taken.
+    rare = jax.checkpoint(functools.partial(through, count))
+    return lax.cond(fits, functools.partial(through, room), rare, w_in, w_out, rows)

@@ -8,6 +8,8 @@ from jax import Array
 from pallas_kernels.dispatch import Call, Implementation, resolve
 from pallas_kernels.grouped_matmul.pallas_gpu import MINIMUM, grouped_matmul_gpu
 from pallas_kernels.grouped_matmul.pallas_gpu import refusal as pallas_gpu_refusal
+from pallas_kernels.grouped_matmul.pallas_tpu import grouped_matmul_tpu
+from pallas_kernels.grouped_matmul.pallas_tpu import refusal as pallas_tpu_refusal
 from pallas_kernels.grouped_matmul.reference import grouped_matmul_reference
 from pallas_kernels.grouped_matmul.xla import grouped_matmul_xla
 
@@ -20,6 +22,7 @@ def _has_many_rows(call: Call) -> bool:
 
 IMPLEMENTATIONS = {
     "pallas_gpu": Implementation(grouped_matmul_gpu, pallas_gpu_refusal, preferred=_has_many_rows),
+    "pallas_tpu": Implementation(grouped_matmul_tpu, pallas_tpu_refusal),
     "xla": Implementation(grouped_matmul_xla),
     "reference": Implementation(grouped_matmul_reference),
 }

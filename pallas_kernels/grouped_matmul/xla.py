@@ -156,5 +156,7 @@ def _by_load(group_sizes: Array, in_slots, ragged, *arrays: Array):
 
     if rows <= groups:
         return any_load(*arrays)
+    if _capacity(rows, groups) == rows:
+        return in_slots(_padded(rows, group_sizes), *arrays)
     fits = jnp.max(group_sizes) <= _capacity(rows, groups)
     return lax.cond(fits, lambda *arrays: in_slots(_padded(rows, group_sizes), *arrays), any_load, *arrays)

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import functools
+import os
+import subprocess
+import sys
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.test_util import check_grads
 
-from pallas_kernels.grouped_matmul import grouped_matmul, xla
-from pallas_kernels.grouped_matmul.api import IMPLEMENTATIONS
+from pallas_kernels.grouped_matmul import grouped_matmul, pallas_gpu, xla
+from pallas_kernels.grouped_matmul.pallas_gpu import grouped_matmul_gpu
+from pallas_kernels.grouped_matmul.pallas_tpu import grouped_matmul_tpu
 
 ROWS, GROUPS, K, N = 40, 4, 5, 6
 
@@ -29,9 +35,9 @@ LOADS = {
 }
 
 
-@pytest.fixture(params=[*IMPLEMENTATIONS, "xla, accelerators"])
+@pytest.fixture(params=["xla", "reference", "xla, accelerators"])
 def implementation(request, monkeypatch):
-    """Each implementation; what `xla` does on accelerators counts as one more."""
+    """Each implementation that serves any shape; what `xla` does on accelerators counts as one more."""
     if request.param == "xla, accelerators":
         monkeypatch.setattr(xla.lax, "platform_dependent", lambda *arrays, cpu, default: default(*arrays))
     return request.param
@@ -188,3 +194,122 @@ def test_lowers_for_accelerators(implementation, platform):
     sizes = jax.ShapeDtypeStruct((GROUPS,), jnp.int32)
     exported = jax.export.export(product_and_gradients, platforms=[platform])
     exported(*shapes[:2], sizes, shapes[2], implementation=implementation)
+
+
+LARGE_ROWS, LARGE_K, LARGE_N = 384, 128, 384
+LARGE_LOADS = {
+    "even": [96, 96, 96, 96],
+    "borders inside tiles": [101, 0, 150, 133],
+    "few rows, and rows of no group": [1, 7, 70, 0],
+    "one takes all": [0, 384, 0, 0],
+    "no rows in any group": [0, 0, 0, 0],
+}
+
+
+@pytest.fixture(params=["pallas_gpu", "pallas_gpu, interpreted", "pallas_tpu, interpreted"])
+def kernel(request, monkeypatch):
+    """The kernels, compiled where the tests run on their hardware, and interpreted."""
+    if request.param == "pallas_tpu, interpreted":
+        return functools.partial(grouped_matmul_tpu, interpret=True)
+    if request.param == "pallas_gpu":
+        if jax.default_backend() != "gpu":
+            pytest.skip("needs a GPU of compute capability 9.0")
+        return functools.partial(grouped_matmul, implementation="pallas_gpu")
+    if not hasattr(plgpu, "InterpretGPUParams"):
+        pytest.skip("this jax cannot interpret Mosaic GPU's copies and barriers")
+    monkeypatch.setattr(pallas_gpu, "processors", lambda: 2)
+    return functools.partial(grouped_matmul_gpu, interpret=plgpu.InterpretGPUParams(uninitialized_memory="nan"))
+
+
+def test_kernels_match_the_loop_in_value_and_gradient(kernel):
+    """Rows of no group hold NaN, which must reach nothing."""
+    n = np.random.default_rng(0).standard_normal
+    shapes = (LARGE_ROWS, LARGE_K), (GROUPS, LARGE_K, LARGE_N), (LARGE_ROWS, LARGE_N)
+    lhs, rhs, d_out = (jnp.asarray(n(shape), jnp.bfloat16) for shape in shapes)
+
+    @jax.jit
+    def run(lhs, rhs, sizes, d_out):
+        out, pullback = jax.vjp(lambda lhs, rhs: kernel(lhs, rhs, sizes), lhs, rhs)
+        return out, *pullback(d_out)
+
+    for load, sizes in LARGE_LOADS.items():
+        nowhere = (np.arange(LARGE_ROWS) >= sum(sizes))[:, None]
+        got = run(jnp.where(nowhere, jnp.nan, lhs), rhs, jnp.array(sizes), jnp.where(nowhere, jnp.nan, d_out))
+        wanted = oracle(*(np.asarray(a, np.float64) for a in (lhs, rhs)), sizes, np.asarray(d_out, np.float64))
+        for name, x, y in zip(("out", "d_lhs", "d_rhs"), got, wanted, strict=True):
+            # Sums of up to 384 products of unit size in float32, rounded once to bfloat16: 2**-8 of the value.
+            np.testing.assert_allclose(np.asarray(x, np.float64), y, rtol=2**-8, atol=1e-3, err_msg=f"{load}: {name}")
+            assert not np.any(np.asarray(x)[y == 0]), f"{load}: {name} is not exactly zero where nothing is summed"
+
+
+def test_kernels_repeat_bit_for_bit(kernel):
+    n = np.random.default_rng(1).standard_normal
+    lhs, rhs = (jnp.asarray(n(shape), jnp.bfloat16) for shape in ((LARGE_ROWS, 64), (2, 64, 128)))
+    gradient = jax.jit(jax.grad(lambda rhs: jnp.sum(kernel(lhs, rhs, jnp.array([100, 200])).astype(jnp.float32) ** 2)))
+    if kernel.func is grouped_matmul_tpu:
+        rhs, lhs = jnp.tile(rhs, (1, 2, 1)), jnp.tile(lhs, (1, 2))
+    np.testing.assert_array_equal(np.asarray(gradient(rhs)), np.asarray(gradient(rhs)))
+
+
+@pytest.mark.parametrize(("width", "wanted"), [(64, 128), (256, 256), (384, 192), (1152, 192), (3072, 256), (6144, 256)])
+def test_tiles_leave_few_columns_unused(width, wanted):
+    assert pallas_gpu.width(width) == wanted
+
+
+@pytest.mark.parametrize("rows", [8, 384, 1000])
+def test_every_row_is_in_a_tile_of_its_group(rows):
+    r = np.random.default_rng(rows)
+    tiles_of = jax.jit(lambda sizes: pallas_gpu.row_tiles(sizes, rows))
+    loads = [r.multinomial(r.integers(rows + 1), r.dirichlet(np.full(GROUPS, 0.3))) for _ in range(30)]
+    for sizes in (*loads, [rows, 0, 0, 0], [0, 0, 0, rows], [0, 0, 0, 0]):
+        tiles, before = jax.device_get(tiles_of(jnp.asarray(sizes, jnp.int32)))
+        count = before[-1]
+        assert count <= len(tiles.group)
+        wanted = np.repeat(np.arange(GROUPS + 1), [*sizes, rows - sum(sizes)])
+        seen = np.full(rows, -1)
+        for group, row, low, high in zip(*(x[:count] for x in tiles), strict=True):
+            assert row % pallas_gpu.ALIGNED == 0
+            inside = slice(max(row, low), min(row + pallas_gpu.ROWS, high))
+            assert (seen[inside] == -1).all(), "a row in two tiles"
+            seen[inside] = group
+        np.testing.assert_array_equal(seen, wanted)
+
+
+def test_kernels_lower_for_cuda():
+    def both(lhs, rhs, sizes, d_out):
+        out, pullback = jax.vjp(lambda lhs, rhs: grouped_matmul_gpu(lhs, rhs, sizes), lhs, rhs)
+        return out, *pullback(d_out)
+
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((1024, 1152), (8, 1152, 6144), (1024, 6144))]
+    sizes = jax.ShapeDtypeStruct((8,), jnp.int32)
+    checks = [jax.export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")]
+    jax.export.export(jax.jit(both), platforms=["cuda"], disabled_checks=checks)(*shapes[:2], sizes, shapes[2])
+
+
+COMPILE = """
+import sys
+import jax, jax.numpy as jnp
+from jax.experimental import topologies
+from pallas_kernels.grouped_matmul.pallas_tpu import grouped_matmul_tpu
+
+device = topologies.get_topology_desc(platform="tpu", topology_name=sys.argv[1]).devices[0]
+sharding = jax.sharding.SingleDeviceSharding(device)
+def both(lhs, rhs, sizes, d_out):
+    out, pullback = jax.vjp(lambda lhs, rhs: grouped_matmul_tpu(lhs, rhs, sizes), lhs, rhs)
+    return out, *pullback(d_out)
+def kind(*shape, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+for T, K, N in ((16384, 1152, 6144), (16384, 3072, 1152)):
+    jax.jit(both).lower(kind(T, K), kind(8, K, N), kind(8, dtype=jnp.int32), kind(T, N)).compile()
+print("compiled")
+"""
+
+
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v6e:2x2", "v5p:2x2x1"])
+def test_megablox_compiles_ahead_of_time(topology):
+    pytest.importorskip("libtpu", reason="needs libtpu: pip install 'blackmamba-jax[tpu-aot]'")
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
+    command = [sys.executable, "-c", COMPILE, topology]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "compiled" in result.stdout
