@@ -24,7 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.dispatch import Call
-from pallas_kernels.versions import mosaic_kernel
+from pallas_kernels.versions import mosaic_accumulator, mosaic_kernel, mosaic_load, mosaic_transpose
 
 ROWS = 128
 """Rows of an output tile; each consumer takes half of them."""
@@ -202,7 +202,7 @@ def _consume(
 
         @pl.when(active(where))
         def _() -> None:
-            store(where, pl.run_scoped(sums, plgpu.ACC((HALF, width))))
+            store(where, pl.run_scoped(sums, mosaic_accumulator((HALF, width))))
 
         @pl.when(jnp.logical_not(active(where)))
         def _() -> None:
@@ -335,7 +335,7 @@ def product(lhs: Array, rhs: Array, group_sizes: Array, *, transposed: bool = Fa
         def consume(warpgroup: Any) -> None:
             def multiply(where: Any, index: Any, parts: Any, slot: Any, accumulator: Any) -> None:
                 left, right = ring.left.at[slot, pl.ds(warpgroup * HALF, HALF)], ring.right.at[slot]
-                plgpu.wgmma(accumulator, left, plgpu.transpose_ref(right, (1, 0)) if transposed else right)
+                plgpu.wgmma(accumulator, left, mosaic_transpose(right) if transposed else right)
 
             def active(where: Any) -> Any:
                 row = where[1] + warpgroup * HALF
@@ -417,11 +417,11 @@ def matrix_gradient(lhs: Array, d_out: Array, group_sizes: Array, *, interpret: 
                     rows = plgpu.layout_cast(lax.broadcasted_iota(jnp.int32, (DEPTH, DEPTH), 0), plgpu.Layout.WGMMA) + row
                     inside = (rows >= start) & (rows < end)
                     for part in [left, *(right.at[:, pl.ds(k, DEPTH)] for k in range(0, wide, DEPTH))]:
-                        values = plgpu.load(part, (), layout=plgpu.Layout.WGMMA)
+                        values = mosaic_load(part, plgpu.Layout.WGMMA)
                         part[...] = jnp.where(inside, values, jnp.zeros_like(values))
                     plgpu.commit_smem()
 
-                plgpu.wgmma(accumulator, plgpu.transpose_ref(left, (1, 0)), right)
+                plgpu.wgmma(accumulator, mosaic_transpose(left), right)
 
             def store(where: Any, tile: Any) -> None:
                 group, _, _, row, column = where

@@ -48,7 +48,7 @@ def _grouped_matmul(lhs: Array, rhs: Array, group_sizes: Array, interpret: bool)
 
 
 def _product(lhs: Array, rhs: Array, group_sizes: Array, transposed: bool, interpret: bool) -> Array:
-    tiling = _tiling(*lhs.shape, rhs.shape[1 if transposed else 2])
+    tiling = _tiling(lhs.shape[0], lhs.shape[1], rhs.shape[1 if transposed else 2])
     out = gmm(lhs, rhs, group_sizes, lhs.dtype, tiling, transpose_rhs=transposed, interpret=interpret)
     return jnp.where((jnp.arange(len(lhs)) < jnp.sum(group_sizes))[:, None], out, 0)
 
@@ -60,7 +60,7 @@ def _forward(lhs: Array, rhs: Array, group_sizes: Array, interpret: bool):
 def _backward(interpret: bool, residuals: tuple[Array, Array, Array], d_out: Array):
     lhs, rhs, group_sizes = residuals
     d_lhs = _product(d_out, rhs, group_sizes, True, interpret)
-    tiling = _tiling(*lhs.shape, d_out.shape[1])
+    tiling = _tiling(lhs.shape[0], lhs.shape[1], d_out.shape[1])
     return d_lhs, tgmm(lhs.T, d_out, group_sizes, rhs.dtype, tiling, interpret=interpret), None
 
 

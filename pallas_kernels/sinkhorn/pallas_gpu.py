@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.dispatch import Call
-from pallas_kernels.versions import mosaic_kernel
+from pallas_kernels.versions import mosaic_kernel, mosaic_load
 
 BLOCKS = 8
 TOKENS = 512
@@ -62,8 +62,8 @@ def sinkhorn_potentials_gpu(scores: Array, valid: Array, start: Array, iteration
         def tile(turn: Any, potential: tuple[Any, ...]) -> tuple[list[Any], Any]:
             """Logits with their potentials, of TOKENS tokens, and the tokens' weights."""
             here = pl.ds((block * turns + turn) * TOKENS, TOKENS)
-            logits = [plgpu.load(scores.at[x, here], (), layout=lanes) * log2e + potential[x] for x in range(experts)]
-            return logits, plgpu.load(weight.at[here], (), layout=lanes)
+            logits = [mosaic_load(scores.at[x, here], lanes) * log2e + potential[x] for x in range(experts)]
+            return logits, mosaic_load(weight.at[here], lanes)
 
         def largest(values: list[Any]) -> Any:
             top = values[0]
