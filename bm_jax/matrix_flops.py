@@ -6,8 +6,8 @@ A product of `[m, k]` and `[k, n]` is 2 m k n operations; elementwise work is no
 - A conditional counts one branch: `usual` the last, which is the one of a true predicate, `most` the largest.
 - A grouped product (`ragged_dot`) counts each row once, whatever its group.
 - Inside a `shard_map` shapes are those of one device, so it counts once a device.
-- A Pallas kernel counts its grid times its body, blocks under `pl.when` as if taken. A kernel of Mosaic GPU, whose processors
-  loop over work that is only known at run time, counts as the grouped product that its arguments are of, or as nothing.
+- A Pallas kernel counts its grid times its body, blocks under `pl.when` as if taken. One whose work is only known at run
+  time, as of Mosaic GPU or with a grid of that kind, counts as the grouped product that its arguments are of, or as nothing.
 """
 
 from __future__ import annotations
@@ -62,9 +62,13 @@ def matrix_flops(jaxpr: Any, platform: str) -> Flops:
             axes = params.get("manual_axes", sizes)
             total = total.plus(matrix_flops(params["jaxpr"], platform), math.prod(sizes[axis] for axis in axes))
         elif name == "pallas_call":
-            total = total.plus(matrix_flops(params["jaxpr"], platform), _grid(params["grid_mapping"].grid))
+            grid = params["grid_mapping"].grid
+            if all(isinstance(size, int) for size in grid):
+                total = total.plus(matrix_flops(params["jaxpr"], platform), math.prod(grid))
+            else:
+                total = total.plus(_grouped_kernel(equation))
         elif name == "mpmd_map":
-            total = total.plus(_mosaic_kernel(equation))
+            total = total.plus(_grouped_kernel(equation))
         else:
             for inner in _inner(params):
                 total = total.plus(matrix_flops(inner, platform))
@@ -99,7 +103,7 @@ def _convolution(equation: Any) -> Flops:
     return Flops(flops, flops)
 
 
-def _mosaic_kernel(equation: Any) -> Flops:
+def _grouped_kernel(equation: Any) -> Flops:
     """Rows `[T, K]` with matrices `[X, K, N]`, or with `[T, N]` for the gradient of those: 2 T K N."""
     arguments = [v.aval for v in equation.invars if jax.numpy.issubdtype(v.aval.dtype, jax.numpy.floating)]
     if [len(a.shape) for a in arguments] not in ([2, 3], [2, 2]):
@@ -131,11 +135,6 @@ def _platform_branch(platforms: Any, platform: str) -> int | None:
         elif platform in names:
             return index
     return default
-
-
-def _grid(grid: Any) -> int:
-    """Programs of a kernel's grid; dimensions only known at run time count once."""
-    return math.prod(size if isinstance(size, int) else 1 for size in grid)
 
 
 def _inner(params: Any) -> Iterator[Any]:
