@@ -179,6 +179,30 @@ def test_capacity_drops_as_a_plain_loop_does(top_k, masked, capacity, x64):
     assert (wanted_dropped > 0) == (capacity < 100)
 
 
+def test_dense_capacity_and_dropless_dispatch_agree_where_nothing_drops(x64, monkeypatch):
+    """Values and gradients of grouped products over the chosen experts, with room for all, and of every expert on every row."""
+    parameters, x = make(model())
+    d_out = jnp.asarray(np.random.default_rng(1).standard_normal((B, L, M)))
+
+    def run(config):
+        def loss(parameters, x):
+            y, statistics = moe(parameters, x, context(), config, training=True)
+            return jnp.sum(y * d_out), (y, statistics.dropped)
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(parameters, x)
+
+    dropless = run(model())
+    capacity = run(model(capacity_factor=float(X)))
+    monkeypatch.setenv("PALLAS_KERNELS_IMPLEMENTATION", "grouped_matmul=reference")
+    dense_dispatch = run(model())
+    assert dropless[1][1] == capacity[1][1] == 0
+    for other in (capacity, dense_dispatch):
+        # Sums of at most 22 products in float64.
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-12), dropless, other)
+    # With too little room, what is dropped is counted.
+    assert run(model(capacity_factor=0.5))[1][1] > 0
+
+
 def test_capacity_holds_in_training_only():
     config = model("float32", capacity_factor=0.5, router="switch")
     assert expert_capacity(B * L, config.moe) == 3  # ceil(0.5 * 22 / 4)

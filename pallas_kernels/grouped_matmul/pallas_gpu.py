@@ -182,7 +182,7 @@ def _consume(
             def part(index: Any, step: Any) -> Any:
                 slot = lax.rem(step, stages)
                 plgpu.barrier_wait(ring.full.at[slot])
-                multiply(where, index, parts, slot, accumulator)
+                multiply(where, index, slot, accumulator)
                 plgpu.wgmma_wait(1)
 
                 @pl.when(index > 0)
@@ -333,7 +333,7 @@ def product(lhs: Array, rhs: Array, group_sizes: Array, *, transposed: bool = Fa
             plgpu.copy_gmem_to_smem(rhs.at[own, *here], ring.right.at[slot], ring.full.at[slot])
 
         def consume(warpgroup: Any) -> None:
-            def multiply(where: Any, index: Any, parts: Any, slot: Any, accumulator: Any) -> None:
+            def multiply(where: Any, index: Any, slot: Any, accumulator: Any) -> None:
                 left, right = ring.left.at[slot, pl.ds(warpgroup * HALF, HALF)], ring.right.at[slot]
                 plgpu.wgmma(accumulator, left, mosaic_transpose(right) if transposed else right)
 
@@ -406,7 +406,7 @@ def matrix_gradient(lhs: Array, d_out: Array, group_sizes: Array, *, interpret: 
             plgpu.copy_gmem_to_smem(d_out.at[deep, pl.ds(column, wide)], ring.right.at[slot], ring.full.at[slot])
 
         def consume(warpgroup: Any) -> None:
-            def multiply(where: Any, index: Any, parts: Any, slot: Any, accumulator: Any) -> None:
+            def multiply(where: Any, index: Any, slot: Any, accumulator: Any) -> None:
                 _, start, end, _, _ = where
                 left, right = ring.left.at[slot, :, pl.ds(warpgroup * HALF, HALF)], ring.right.at[slot]
                 row = begin(where) + index * DEPTH
