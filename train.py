@@ -2,25 +2,45 @@
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import shlex
 import sys
+from pathlib import Path
 
 import tyro
 
 import configs
 from bm_jax.checkpoint import CheckpointError, RunDirectoryError
 from bm_jax.config import Config, ConfigError
+from bm_jax.language_model import read_config
 from bm_jax.train import NonFiniteError, fit
 
 
 def parse(arguments: list[str]) -> Config:
-    """The configuration that the command line asks for; the default preset when it names none."""
+    """The configuration that the command line asks for; the default preset when it names none.
+
+    `--init-from DIR` starts from the model in DIR: its configuration, tokenizer and parameters, in the place of the preset's.
+    """
     name = "default"
     if arguments and not arguments[0].startswith("-"):
         name, *arguments = arguments
+    start = argparse.ArgumentParser(prog="train.py", add_help=False, allow_abbrev=False)
+    start.add_argument("--init-from", metavar="DIR")
+    options, arguments = start.parse_known_args(arguments)
+    default = configs.load(name)
+    if options.init_from is not None:
+        default = started_from(default, options.init_from)
     presets = "\n\n".join(f"- {preset}: {configs.summary(preset)}" for preset in configs.names())
     description = f"{__doc__}\n\nThe fields below are those of the preset {name}. Presets:\n\n{presets}"
-    return tyro.cli(Config, default=configs.load(name), args=arguments, prog="train.py", description=description)
+    return tyro.cli(Config, default=default, args=arguments, prog="train.py", description=description)
+
+
+def started_from(config: Config, directory: str) -> Config:
+    """`config` with the model, tokenizer and parameters of a model directory or a run."""
+    data = dataclasses.replace(config.data, tokenizer=str(Path(directory) / "tokenizer.json"))
+    run = dataclasses.replace(config.run, init_from=directory)
+    return dataclasses.replace(config, model=read_config(directory), data=data, run=run)
 
 
 def main() -> int:

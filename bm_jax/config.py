@@ -337,6 +337,8 @@ class RunConfig:
     """One training run: where it writes, how long it goes, what it reports."""
 
     directory: str = "runs/default"
+    init_from: str | None = None
+    """A model directory, or a run's, whose parameters a run without checkpoints of its own starts from."""
     steps: int = 2000
     """Optimizer steps in the whole run, those done before a restart included."""
     accumulation: int = 1

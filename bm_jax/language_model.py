@@ -210,20 +210,13 @@ class LanguageModel:
             ConfigError: something is missing, damaged or of another shape; the message says what and where.
         """
         path = Path(directory)
-        config, is_run = _read_config(path)
-        from bm_jax.checkpoint import load_parameters, restore_parameters  # slow to import
-
+        config = read_config(path)
         tokenizer = load_tokenizer(path)
         mesh, shards = jax.sharding.get_mesh(), None
         if mesh.size > 1:
             shapes = jax.eval_shape(lambda: init_parameters(config, jax.random.key(0)))
             shards = with_shardings(shapes, parameter_shardings(shapes, mesh))
-        if is_run:
-            parameters = restore_parameters(path, shards)
-        else:
-            if not (path / "params").is_dir():
-                raise ConfigError(f"{path} has no params folder: the model directory is incomplete")
-            parameters = load_parameters(path / "params", shards)
+        parameters = read_parameters(path, shards)
         if shards is None:  # the float32 originals wait on the host; the device holds only what inference reads
             parameters = jax.device_get(parameters)
         return cls(config, parameters, tokenizer, max_prompt_tokens=max_prompt_tokens, max_batch=max_batch)
@@ -481,6 +474,34 @@ def _check_parameters(config: ModelConfig, parameters: Parameters) -> None:
                 f"the parameters are not those of the configuration: {name} should be {expected.get(name, 'absent')}, "
                 f"is {found.get(name, 'absent')}"
             )
+
+
+def read_config(directory: str | os.PathLike[str]) -> ModelConfig:
+    """The model that a model directory or a training run's directory holds.
+
+    Raises:
+        ConfigError: neither, or its config.json is damaged or of another version.
+    """
+    return _read_config(Path(directory))[0]
+
+
+def read_parameters(directory: str | os.PathLike[str], abstract: Any = None) -> Parameters:
+    """The parameters of a model directory, or of a training run's newest checkpoint.
+
+    With `abstract` (a pytree of `jax.ShapeDtypeStruct`) they get its structure and shardings, each device reading its own
+    shards; without, they are on the first device.
+
+    Raises:
+        ConfigError: something is missing, damaged or of another shape; the message says what and where.
+    """
+    from bm_jax.checkpoint import load_parameters, restore_parameters  # slow to import
+
+    path = Path(directory)
+    if _read_config(path)[1]:
+        return restore_parameters(path, abstract)
+    if not (path / "params").is_dir():
+        raise ConfigError(f"{path} has no params folder: the model directory is incomplete")
+    return load_parameters(path / "params", abstract)
 
 
 def _read_config(path: Path) -> tuple[ModelConfig, bool]:

@@ -110,10 +110,15 @@ class Run:
         self.last_validation: tuple[int, float | None] = (-1, None)
 
     def start(self, checkpoints: Checkpoints) -> tuple[TrainState, dict[str, Any] | None]:
-        """The state to go on from and the data position, from the newest checkpoint or from scratch."""
+        """The state to go on from and the data position, from the newest checkpoint or from the start."""
         restored = checkpoints.restore(self.abstract)
         if restored is None:
-            return self.initialize(), None
+            state = self.initialize()
+            if self.config.run.init_from is not None:
+                from bm_jax.language_model import read_parameters
+
+                state = state.replace(params=read_parameters(self.config.run.init_from, self.abstract.params))
+            return state, None
         return restored.state, restored.data_state
 
     def announce(self, bar: ProgressBar, first: int) -> None:

@@ -484,6 +484,31 @@ def test_the_command(tmp_path, capsys):
     assert not (tmp_path / "no").exists()
 
 
+def test_training_starts_from_an_imported_model(tmp_path):
+    """Its configuration, tokenizer and parameters; what it was imported from is compared with the first step's loss."""
+    import train
+    from bm_jax.train import fit
+
+    format, layout, fields = CASES["hf-mamba"]
+    source = write(tmp_path / "source", format, fields, make_tensors(format, layout, fields))
+    import_checkpoint(source, tmp_path / "model", compute_dtype="float32")
+    command = ["--init-from", str(tmp_path / "model"), "--run.directory", str(tmp_path / "run"), "--run.steps", "1"]
+    command += ["--run.sample-tokens", "0", "--run.eval-batches", "1", "--optimizer.warmup-steps", "1"]
+    command += ["--optimizer.learning-rate", "1e-30", "--data.batch-size", "2", "--data.sequence-length", "32"]
+    config = train.parse(command)
+    model = LanguageModel.load(tmp_path / "model")
+    assert config.model == model.config
+    assert fit(config).finished
+    trained = LanguageModel.load(tmp_path / "run")
+    ids = np.arange(40) % 256
+    np.testing.assert_array_equal(trained.logits(ids), model.logits(ids))
+    # A run that has checkpoints goes on from them.
+    shutil.rmtree(tmp_path / "model" / "params")
+    assert fit(config).step == 1
+    with pytest.raises(ConfigError, match="neither a model nor a run directory"):
+        train.parse(["--init-from", str(tmp_path / "nowhere")])
+
+
 def test_a_file_in_place_of_a_folder(tmp_path):
     format, layout, fields = CASES["hf-mamba"]
     tensors = make_tensors(format, layout, fields)
