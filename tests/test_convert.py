@@ -245,6 +245,7 @@ def test_parity_with_transformers_both_ways(case, tmp_path):
     torch = pytest.importorskip("torch", reason="install the `parity` extra to compare with PyTorch")
     transformers = pytest.importorskip("transformers", reason="install the `parity` extra to compare with PyTorch")
     format, _, fields = CASES[case]
+    fields = fields | {"vocab_size": 257}  # as many as the tokenizer has: rows past them are never sampled here
     with _quiet():
         config = transformers.AutoConfig.for_model(**fields, bos_token_id=0, eos_token_id=None, pad_token_id=0)
         theirs = transformers.AutoModelForCausalLM.from_config(config).eval()
@@ -264,18 +265,28 @@ def test_parity_with_transformers_both_ways(case, tmp_path):
         tokens = tokens[0, ids.shape[1] :].tolist()
     got = model.logits(ids)
     np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
-    greedy = []
-    running = ids[0].tolist()
-    for _ in range(64):
-        greedy.append(int(np.argmax(model.logits(np.array(running + [0] * (96 - len(running))))[len(running) - 1])))
-        running.append(greedy[-1])
-    assert greedy == tokens
+    (completion,) = model.generate([ids[0].tolist()], max_tokens=64, temperature=0.0)
+    assert list(completion.tokens) == until_end(tokens)
+
+    # Prompts of different lengths, padded on the left.
+    short = ids[1, :10]
+    padded = torch.tensor(np.stack([ids[0], np.concatenate([np.zeros(14, int), short])]))
+    mask = torch.tensor(np.stack([np.ones(24, int), np.repeat([0, 1], [14, 10])]))
+    with torch.no_grad(), _quiet():
+        batch = theirs.generate(padded, attention_mask=mask, max_new_tokens=16, do_sample=False)[:, 24:].tolist()
+    completions = model.generate([ids[0].tolist(), short.tolist()], max_tokens=16, temperature=0.0)
+    assert [list(completion.tokens) for completion in completions] == [until_end(row) for row in batch]
 
     export_checkpoint(tmp_path / "model", tmp_path / "back", format)
     with torch.no_grad(), _quiet():
         again, problems = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back", output_loading_info=True)
         assert not any(problems[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
         np.testing.assert_array_equal(again.eval()(torch.tensor(ids), use_cache=False).logits.numpy(), wanted)
+
+
+def until_end(tokens):
+    """The ids before the end of the document, where a model here stops."""
+    return tokens[: tokens.index(256)] if 256 in tokens else tokens
 
 
 def _quiet():
