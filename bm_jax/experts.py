@@ -66,17 +66,19 @@ def places(group: Array, groups: int) -> tuple[Array, Array]:
     within = jnp.einsum("ij,cjg->cig", triangle, chunks.astype(jnp.bfloat16), preferred_element_type=jnp.float32)
     within = within.astype(jnp.int32)
     total = within[:, -1]
-    earlier = jnp.cumsum(total, axis=0) - total
-    sizes = jnp.sum(total, axis=0)
-    starts = jnp.cumsum(sizes) - sizes
-    place = jnp.sum(jnp.where(chunks, within + (earlier + starts)[:, None] - 1, 0), axis=2)
+    earlier = jnp.cumsum(total, axis=0, dtype=jnp.int32) - total
+    sizes = jnp.sum(total, axis=0, dtype=jnp.int32)
+    starts = jnp.cumsum(sizes, dtype=jnp.int32) - sizes
+    place = jnp.sum(jnp.where(chunks, within + (earlier + starts)[:, None] - 1, 0), axis=2, dtype=jnp.int32)
     return place.reshape(-1)[:rows], sizes[:groups]
 
 
 def inverse(permutation: Array) -> Array:
     """The permutation that undoes this one."""
     empty = jnp.zeros_like(permutation)
-    return empty.at[permutation].set(jnp.arange(len(permutation)), unique_indices=True, mode="promise_in_bounds")
+    return empty.at[permutation].set(
+        jnp.arange(len(permutation), dtype=permutation.dtype), unique_indices=True, mode="promise_in_bounds"
+    )
 
 
 @jax.custom_vjp

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 from jax import Array
+from jax.sharding import AxisType
 
 OVERRIDE = "PALLAS_KERNELS_IMPLEMENTATION"
 """Environment variable naming the implementation that `implementation=None` stands for, for debugging: a name for every
@@ -68,6 +69,15 @@ def target() -> Target:
     else:
         capability = next((CAPABILITIES[word] for word in described.device_kind.split() if word in CAPABILITIES), 0)
     return Target(platform, described.device_kind, float(capability))
+
+
+def divided() -> bool:
+    """Whether arrays traced now may be divided over several devices: a mesh of them, outside `shard_map` over all its axes.
+
+    A kernel sees whole arrays; one in such a program would have to be put in a `shard_map` first.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and mesh.size > 1 and any(kind != AxisType.Manual for kind in mesh.axis_types)
 
 
 def overridden(operator: str) -> str | None:

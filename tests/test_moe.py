@@ -11,7 +11,7 @@ import pytest
 
 from bm_jax.config import ModelConfig, MoeConfig
 from bm_jax.layers import Context, activate
-from bm_jax.moe import expert_capacity, moe, moe_parameters, run_experts
+from bm_jax.moe import expert_capacity, moe, moe_parameters, router_logits, run_experts
 from bm_jax.routing import Routing, Statistics, route
 
 M, B, L, X = 6, 2, 11, 4
@@ -131,12 +131,13 @@ def test_what_padding_holds_does_not_matter():
         np.testing.assert_array_equal(a, b)
 
 
-def test_all_padding_gives_zero():
-    config = model("float32")
+@pytest.mark.parametrize("capacity_factor", [None, 1.0])
+def test_all_padding_gives_zero(capacity_factor):
+    config = model("float32", capacity_factor=capacity_factor)
     parameters, x = make(config)
     y, statistics = layer(parameters, x, context(jnp.zeros((B, L), bool)), config=config, training=True)
     assert not np.any(y)
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(statistics))
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(statistics))
 
 
 def plain_loop(parameters, tokens, index, gate, config, mask, capacity):
@@ -233,3 +234,21 @@ def test_router_is_computed_in_float32():
     _, statistics = layer(parameters, x.astype(jnp.bfloat16), context(), config=config, training=False)
     np.testing.assert_array_equal(statistics.load, [0, 0, 1, 0])
     assert statistics.load.dtype == jnp.float32
+
+
+def test_router_products_are_as_exact_as_float32():
+    """Of bfloat16 tokens and a float32 router, against float64, in value and gradient; and a choice too close for bfloat16."""
+    r = np.random.default_rng(0)
+    x = jnp.asarray(r.standard_normal((200, 96)), jnp.bfloat16)
+    router = jnp.asarray(r.standard_normal((96, 5)), jnp.float32)
+    d = jnp.asarray(r.standard_normal((200, 5)), jnp.float32)
+    logits, pullback = jax.vjp(router_logits, x, router)
+    wide = [np.asarray(a, np.float64) for a in (x, router, d)]
+    for got, wanted, limit in (
+        (logits, wide[0] @ wide[1], 1e-6),  # 96 and 200 terms in float32, each rounded to 6e-8
+        (pullback(d)[1], wide[0].T @ wide[2], 1e-6),
+        (pullback(d)[0], wide[2] @ wide[1].T, 2**-8),  # rounded to bfloat16, as x is
+    ):
+        np.testing.assert_allclose(np.asarray(got, np.float64), wanted, rtol=0, atol=limit * np.abs(wanted).max())
+    close = jnp.stack([jnp.ones(96), jnp.full(96, 1 + 2.0**-14)], axis=1)
+    assert (jnp.argmax(router_logits(jnp.ones((3, 96), jnp.bfloat16), close), axis=1) == 1).all()

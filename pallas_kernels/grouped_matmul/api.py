@@ -35,11 +35,13 @@ def grouped_matmul(lhs: Array, rhs: Array, group_sizes: Array, *, implementation
     Args:
         lhs: rows sorted by group `[T, K]`.
         rhs: one matrix a group `[X, K, N]`.
-        group_sizes: integers `[X]`, rows in each group; zero is fine. Rows past their sum belong to no group.
+        group_sizes: integers `[X]`, rows in each group; zero is fine. Rows past their sum belong to no group; what they
+            count past the last row is left out.
         implementation: a key of `IMPLEMENTATIONS`, or None to choose.
 
     Returns:
-        `[T, N]` in the dtype that `lhs` and `rhs` promote to, zero in rows of no group. Differentiable in `lhs` and `rhs`.
+        `[T, N]` in the dtype that `lhs` and `rhs` promote to, zero in rows of no group. Differentiable once, in reverse mode,
+        in `lhs` and `rhs`.
 
     Raises:
         ValueError: a rank or size that does not fit, naming the argument.

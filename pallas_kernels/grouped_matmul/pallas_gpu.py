@@ -1,4 +1,4 @@
-"""The grouped product in Pallas Mosaic GPU, for Hopper and later: forward, and the gradients of both arguments.
+"""The grouped product in Pallas Mosaic GPU, for Hopper: forward, and the gradients of both arguments.
 
 A block is one producer warpgroup, which copies tiles of both arguments into a ring in shared memory, and two consumers,
 which multiply 64 rows each. Blocks stay on their processor and take one output tile after the other, so that the
@@ -23,7 +23,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.dispatch import Call
+from pallas_kernels.dispatch import Call, divided
 from pallas_kernels.versions import mosaic_accumulator, mosaic_kernel, mosaic_load, mosaic_transpose
 
 ROWS = 128
@@ -51,6 +51,10 @@ def refusal(call: Call) -> str | None:
     lhs, rhs = call.arguments["lhs"], call.arguments["rhs"]
     assert lhs is not None
     assert rhs is not None
+    if jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]
+        return "its indices have 32 bits, and jax_enable_x64 is on"
+    if divided():
+        return "a mesh of several devices divides the arrays; use it inside shard_map"
     dtype = jnp.result_type(lhs, rhs)
     if dtype not in (jnp.bfloat16, jnp.float16):
         return f"it multiplies bfloat16 and float16, not {dtype}"
@@ -78,7 +82,7 @@ class Tiles(NamedTuple):
 def row_tiles(group_sizes: Array, rows: int) -> tuple[Tiles, Array]:
     """The tiles of ROWS rows that hold rows of each group, and of no group; and how many are before each, `[X + 2]`."""
     sizes = group_sizes.astype(jnp.int32)
-    low = _sums_before(sizes)
+    low = jnp.minimum(_sums_before(sizes), rows)  # sizes past the last row must not reach past the arrays
     high = jnp.concatenate([low[1:], jnp.full(1, rows, jnp.int32)])
     first = low // ALIGNED * ALIGNED
     count = jnp.where(high > low, -((first - high) // ROWS), 0)
@@ -375,7 +379,7 @@ def matrix_gradient(lhs: Array, d_out: Array, group_sizes: Array, *, interpret: 
     groups = len(group_sizes)
     sizes = group_sizes.astype(jnp.int32)
     index = jnp.arange(groups)
-    low = _sums_before(sizes)
+    low = jnp.minimum(_sums_before(sizes), len(lhs))
     # Large groups first, so that blocks which take one tile more than others take a small one.
     before = (sizes[:, None] < sizes) | ((sizes[:, None] == sizes) & (index[:, None] > index))
     order = jnp.argmax(jnp.sum(before, axis=1)[:, None] == index, axis=0).astype(jnp.int32)
@@ -413,7 +417,8 @@ def matrix_gradient(lhs: Array, d_out: Array, group_sizes: Array, *, interpret: 
 
                 @pl.when((row < start) | (row + DEPTH > end))
                 def _() -> None:
-                    # Both consumers set the same rows of `right` to zero, before either reads them.
+                    # Both consumers set the same rows of `right` to zero. One may read them while the other writes, but
+                    # it has written the same zeros itself.
                     rows = plgpu.layout_cast(lax.broadcasted_iota(jnp.int32, (DEPTH, DEPTH), 0), plgpu.Layout.WGMMA) + row
                     inside = (rows >= start) & (rows < end)
                     for part in [left, *(right.at[:, pl.ds(k, DEPTH)] for k in range(0, wide, DEPTH))]:

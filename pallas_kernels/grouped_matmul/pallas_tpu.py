@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 
-from pallas_kernels.dispatch import Call
+from pallas_kernels.dispatch import Call, divided
 
 TILE = (512, 512, 1024)
 """Rows, length of a sum and columns of a tile, at most."""
@@ -28,11 +28,15 @@ def refusal(call: Call) -> str | None:
     lhs, rhs = call.arguments["lhs"], call.arguments["rhs"]
     assert lhs is not None
     assert rhs is not None
+    if jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]
+        return "its indices have 32 bits, and jax_enable_x64 is on"
+    if divided():
+        return "a mesh of several devices divides the arrays; use it inside shard_map"
     dtype = jnp.result_type(lhs, rhs)
     if dtype not in (jnp.bfloat16, jnp.float32):
         return f"it multiplies bfloat16 and float32, not {dtype}"
-    if 0 in (*lhs.shape, *rhs.shape) or rhs.shape[1] % LANES or rhs.shape[2] % LANES or lhs.shape[0] % LANES:
-        return f"it needs T, K and N in multiples of {LANES}, none zero, got lhs {lhs.shape} and rhs {rhs.shape}"
+    if 0 in (*lhs.shape, *rhs.shape) or rhs.shape[1] % LANES or rhs.shape[2] % LANES:
+        return f"it needs K and N in multiples of {LANES}, nothing empty, got lhs {lhs.shape} and rhs {rhs.shape}"
     return None
 
 
@@ -69,4 +73,8 @@ _grouped_matmul.defvjp(_forward, _backward)
 
 def grouped_matmul_tpu(lhs: Array, rhs: Array, group_sizes: Array, interpret: bool = False) -> Array:
     """`grouped_matmul` by megablox; `interpret` runs its kernels on a CPU, for tests."""
-    return _grouped_matmul(lhs, rhs, group_sizes.astype(jnp.int32), interpret)
+    ends = jnp.minimum(jnp.cumsum(group_sizes.astype(jnp.int32)), len(lhs))  # megablox does not look where sizes end
+    sizes = jnp.diff(ends, prepend=0)
+    padded = jnp.pad(lhs, ((0, -len(lhs) % LANES), (0, 0)))
+    out: Array = _grouped_matmul(padded, rhs, sizes, interpret)
+    return out[: len(lhs)]

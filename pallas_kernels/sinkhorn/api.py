@@ -26,7 +26,7 @@ def sinkhorn_potentials(
 
     Args:
         scores: float32 or float64 `[X, T]`.
-        valid: booleans `[T]`: tokens that are counted; at least one.
+        valid: booleans `[T]`: tokens that are counted; at least one. What the scores of the others are does not matter.
         start: potentials to begin with `[X]`.
         iterations: how many.
         implementation: a key of `IMPLEMENTATIONS`, or None to choose.

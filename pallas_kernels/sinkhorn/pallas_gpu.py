@@ -18,7 +18,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.dispatch import Call
+from pallas_kernels.dispatch import Call, divided
 from pallas_kernels.versions import mosaic_kernel, mosaic_load
 
 BLOCKS = 8
@@ -34,7 +34,7 @@ def refusal(call: Call) -> str | None:
     """Why this call cannot run here, or None."""
     if call.target.platform != "gpu" or call.target.capability != 9:
         return f"it needs a GPU of compute capability 9.0 (Hopper), this is {call.target.kind}"
-    if not jax.sharding.get_abstract_mesh().empty and jax.sharding.get_abstract_mesh().size > 1:
+    if divided():
         return "a mesh of several devices divides the tokens"
     scores = call.arguments["scores"]
     assert scores is not None
@@ -45,12 +45,28 @@ def refusal(call: Call) -> str | None:
     return None
 
 
+def _fence() -> None:
+    """What this block wrote is seen by the others before what comes next."""
+
+    def emit(_: Any) -> None:
+        # Imported here, so that machines without a GPU need not have what only compiles for one.
+        from jaxlib.mlir import ir
+        from jaxlib.mlir.dialects import llvm
+
+        llvm.inline_asm(ir.Type.parse("!llvm.void"), [], "fence.acq_rel.cluster;", "", has_side_effects=True)
+
+    emitted: Any = plgpu.inline_mgpu()(emit)
+    emitted()
+
+
 def sinkhorn_potentials_gpu(scores: Array, valid: Array, start: Array, iterations: int, interpret: Any = None) -> Array:
     """`sinkhorn_potentials` by this kernel; `interpret` is Pallas's `InterpretGPUParams`, for tests."""
+    if iterations == 0:
+        return start
     experts, tokens = scores.shape
     log_share = jnp.log2(valid.sum().astype(jnp.float32)) - math.log2(experts)
     padding = -tokens % (BLOCKS * TOKENS)
-    scores = jnp.pad(scores, ((0, 0), (0, padding)))
+    scores = jnp.pad(jnp.where(valid, scores, 0), ((0, 0), (0, padding)))
     weight = jnp.pad(valid.astype(jnp.float32), (0, padding))
     turns = scores.shape[1] // (BLOCKS * TOKENS)
     log2e = math.log2(math.e)
@@ -98,7 +114,8 @@ def sinkhorn_potentials_gpu(scores: Array, valid: Array, start: Array, iteration
 
                 def add(turn: Any, total: Any) -> Any:
                     logits, weight = tile(turn, potential)
-                    return total + weight * jnp.exp2(log_probabilities(logits)[x] - shift)
+                    # Tokens that do not count may exceed `shift` by so much that their power is infinite.
+                    return total + jnp.where(weight > 0, jnp.exp2(log_probabilities(logits)[x] - shift), 0.0)
 
                 return shift + jnp.log2(jnp.sum(lax.fori_loop(0, turns, add, zeros())))
 
@@ -107,8 +124,12 @@ def sinkhorn_potentials_gpu(scores: Array, valid: Array, start: Array, iteration
                 total = sums[x]
                 share = lax.cond(total < TINY, lambda x=x: in_logarithms(x), lambda total=total: jnp.log2(total))
                 shares[i, block, x] = share
+            if not interpret:
+                _fence()  # the barrier alone orders what threads of one block see
             plgpu.barrier_arrive(barrier)
             plgpu.barrier_wait(barrier)
+            if not interpret:
+                _fence()
 
             def updated(x: int) -> Any:
                 of_blocks = [shares[i, k, x] for k in range(BLOCKS)]

@@ -11,6 +11,7 @@ from jax import Array
 
 def sinkhorn_potentials_xla(scores: Array, valid: Array, start: Array, iterations: int | Array) -> Array:
     """`sinkhorn_potentials`, a loop over the iterations."""
+    scores = jnp.where(valid, scores, 0)
     log_share = jnp.log(valid.sum().astype(scores.dtype)) - math.log(len(scores))  # tokens an expert should get
 
     def iterate(_: int | Array, potential: Array) -> Array:

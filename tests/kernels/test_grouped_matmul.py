@@ -15,7 +15,8 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.test_util import check_grads
 
-from pallas_kernels.grouped_matmul import grouped_matmul, pallas_gpu, xla
+from pallas_kernels import dispatch
+from pallas_kernels.grouped_matmul import grouped_matmul, pallas_gpu, pallas_tpu, xla
 from pallas_kernels.grouped_matmul.pallas_gpu import grouped_matmul_gpu
 from pallas_kernels.grouped_matmul.pallas_tpu import grouped_matmul_tpu
 
@@ -196,13 +197,14 @@ def test_lowers_for_accelerators(implementation, platform):
     exported(*shapes[:2], sizes, shapes[2], implementation=implementation)
 
 
-LARGE_ROWS, LARGE_K, LARGE_N = 384, 128, 384
+LARGE_ROWS, LARGE_K, LARGE_N = 384, 256, 384
 LARGE_LOADS = {
     "even": [96, 96, 96, 96],
     "borders inside tiles": [101, 0, 150, 133],
     "few rows, and rows of no group": [1, 7, 70, 0],
     "one takes all": [0, 384, 0, 0],
     "no rows in any group": [0, 0, 0, 0],
+    "sizes past the last row": [100, 200, 300, 400],
 }
 
 
@@ -235,11 +237,25 @@ def test_kernels_match_the_loop_in_value_and_gradient(kernel):
     for load, sizes in LARGE_LOADS.items():
         nowhere = (np.arange(LARGE_ROWS) >= sum(sizes))[:, None]
         got = run(jnp.where(nowhere, jnp.nan, lhs), rhs, jnp.array(sizes), jnp.where(nowhere, jnp.nan, d_out))
+        sizes = np.diff(np.minimum(np.cumsum(sizes), LARGE_ROWS), prepend=0)
         wanted = oracle(*(np.asarray(a, np.float64) for a in (lhs, rhs)), sizes, np.asarray(d_out, np.float64))
         for name, x, y in zip(("out", "d_lhs", "d_rhs"), got, wanted, strict=True):
             # Sums of up to 384 products of unit size in float32, rounded once to bfloat16: 2**-8 of the value.
             np.testing.assert_allclose(np.asarray(x, np.float64), y, rtol=2**-8, atol=1e-3, err_msg=f"{load}: {name}")
             assert not np.any(np.asarray(x)[y == 0]), f"{load}: {name} is not exactly zero where nothing is summed"
+
+
+def test_kernels_take_many_rows_and_other_shapes(kernel):
+    """More tiles in rows than share a band, one group, rows that are no multiple of anything but 8."""
+    if kernel.func is grouped_matmul_tpu:
+        pytest.skip("its shapes are megablox's own")
+    n = np.random.default_rng(2).standard_normal
+    cases = ((2312, 3, jnp.float16, [1, 2200, 50]), (8, 1, jnp.bfloat16, [5]), (16, 9, jnp.bfloat16, [2] * 8 + [0]))
+    for rows, groups, dtype, sizes in cases:
+        lhs, rhs = jnp.asarray(n((rows, 64)), dtype), jnp.asarray(n((groups, 64, 256 if rows == 8 else 64)), dtype)
+        out = jax.jit(kernel)(lhs, rhs, jnp.array(sizes))
+        wanted, *_ = oracle(np.asarray(lhs, np.float64), np.asarray(rhs, np.float64), sizes, np.zeros(out.shape))
+        np.testing.assert_allclose(np.asarray(out, np.float64), wanted, rtol=2**-8, atol=1e-3)
 
 
 def test_kernels_repeat_bit_for_bit(kernel):
@@ -261,10 +277,11 @@ def test_every_row_is_in_a_tile_of_its_group(rows):
     r = np.random.default_rng(rows)
     tiles_of = jax.jit(lambda sizes: pallas_gpu.row_tiles(sizes, rows))
     loads = [r.multinomial(r.integers(rows + 1), r.dirichlet(np.full(GROUPS, 0.3))) for _ in range(30)]
-    for sizes in (*loads, [rows, 0, 0, 0], [0, 0, 0, rows], [0, 0, 0, 0]):
+    for sizes in (*loads, [rows, 0, 0, 0], [0, 0, 0, rows], [0, 0, 0, 0], [rows, 5, rows, 7]):
         tiles, before = jax.device_get(tiles_of(jnp.asarray(sizes, jnp.int32)))
         count = before[-1]
         assert count <= len(tiles.group)
+        sizes = np.diff(np.minimum(np.cumsum(sizes), rows), prepend=0)
         wanted = np.repeat(np.arange(GROUPS + 1), [*sizes, rows - sum(sizes)])
         seen = np.full(rows, -1)
         for group, row, low, high in zip(*(x[:count] for x in tiles), strict=True):
@@ -313,3 +330,21 @@ def test_megablox_compiles_ahead_of_time(topology):
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr[-2000:]
     assert "compiled" in result.stdout
+
+
+def test_kernels_say_what_they_cannot_serve(x64):
+    arguments = {"lhs": jnp.zeros((128, 128), jnp.bfloat16), "rhs": jnp.zeros((2, 128, 128), jnp.bfloat16), "group_sizes": None}
+    targets = {pallas_gpu: dispatch.Target("gpu", "a GPU", 9.0), pallas_tpu: dispatch.Target("tpu", "a TPU")}
+    for module, target in targets.items():
+
+        def why(module=module, target=target, **changed):
+            return module.refusal(dispatch.Call(target, arguments | changed))
+
+        assert "jax_enable_x64" in why()
+        with jax.enable_x64(False):
+            assert why() is None
+            assert "K and N in multiples" in why(rhs=jnp.zeros((2, 128, 100), jnp.bfloat16))
+            assert "not int8" in why(lhs=jnp.zeros((128, 128), jnp.int8), rhs=jnp.zeros((2, 128, 128), jnp.int8))
+            assert "needs a" in why(target=dispatch.Target("cpu", "a CPU"))
+            with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((2,), ("data",))):
+                assert "inside shard_map" in why()
