@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from bm_jax.array_files import leaves_of, nest
 from bm_jax.config import ConfigError, ModelConfig
 from bm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from bm_jax.language_model import LanguageModel
@@ -83,7 +84,7 @@ def import_checkpoint(
             leaves[entry.leaf][entry.at] = entry.to_ours(archive.read(entry.name))
         if TIED in archive.tensors and config.tie_embeddings:
             _check_tied(archive, leaves["embedding"])
-        LanguageModel(config, _nest(leaves), own).save(partial)
+        LanguageModel(config, nest(leaves), own).save(partial)
         kept = {
             "format": format.name,
             "layout": layout,
@@ -140,7 +141,7 @@ def export_checkpoint(
     def type_of(name: str) -> np.dtype:
         return known[dtype or types.get(name, "float32")]
 
-    leaves = _flat(model.parameters)
+    leaves = leaves_of(model.parameters)
     with _whole(destination) as partial:
         tensors = {
             entry.name: entry.to_theirs(np.asarray(leaves[entry.leaf])[entry.at]).astype(type_of(entry.name))
@@ -264,24 +265,6 @@ def _whole(destination: Path) -> Iterator[Path]:
 
 def _summary(format: Format, layout: str, wanted: list[Entry], config: ModelConfig) -> Summary:
     return Summary(format.name, layout, len(wanted), sum(int(np.prod(entry.shape)) for entry in wanted), config)
-
-
-def _nest(leaves: dict[str, Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for path, leaf in leaves.items():
-        *parents, name = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = leaf
-    return tree
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        flat |= _flat(value, f"{prefix}{name}/") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
 
 
 def _write_json(path: Path, value: Any) -> None:

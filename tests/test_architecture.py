@@ -84,7 +84,7 @@ def test_presets_see_only_the_configuration(name):
 
 @pytest.mark.parametrize("name", [name for name in SOURCES if within(name, "convert")])
 def test_converters_see_only_what_a_model_directory_is(name):
-    allowed = ("config", "checkpoint", "model", "language_model", "sharding", "data.tokenizer")
+    allowed = ("config", "checkpoint", "array_files", "model", "language_model", "sharding", "data.tokenizer")
     for imported in imports(SOURCES[name]):
         if within(imported, "bm_jax"):
             assert within(imported, *(f"bm_jax.{module}" for module in allowed)), imported

@@ -23,7 +23,8 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.dispatch import Call, divided
+from pallas_kernels.dispatch import Call
+from pallas_kernels.grouped_matmul.shapes import refuse
 from pallas_kernels.versions import mosaic_accumulator, mosaic_kernel, mosaic_load, mosaic_transpose
 
 ROWS = 128
@@ -48,22 +49,7 @@ def refusal(call: Call) -> str | None:
     """Why this call cannot run here, or None."""
     if call.target.platform != "gpu" or call.target.capability != 9:
         return f"it needs a GPU of compute capability 9.0 (Hopper), this is {call.target.kind}"
-    lhs, rhs = call.arguments["lhs"], call.arguments["rhs"]
-    assert lhs is not None
-    assert rhs is not None
-    if jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]
-        return "its indices have 32 bits, and jax_enable_x64 is on"
-    if divided():
-        return "a mesh of several devices divides the arrays; use it inside shard_map"
-    dtype = jnp.result_type(lhs, rhs)
-    if dtype not in (jnp.bfloat16, jnp.float16):
-        return f"it multiplies bfloat16 and float16, not {dtype}"
-    if 0 in (*lhs.shape, *rhs.shape) or rhs.shape[1] % DEPTH or rhs.shape[2] % DEPTH or lhs.shape[0] % ALIGNED:
-        return (
-            f"it needs K and N in multiples of {DEPTH} and T in multiples of {ALIGNED}, none zero, "
-            f"got lhs {lhs.shape} and rhs {rhs.shape}"
-        )
-    return None
+    return refuse(call, (jnp.bfloat16, jnp.float16), ALIGNED, DEPTH)
 
 
 class Tiles(NamedTuple):

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 
-from pallas_kernels.dispatch import Call, divided
+from pallas_kernels.dispatch import Call
+from pallas_kernels.grouped_matmul.shapes import refuse
 
 TILE = (512, 512, 1024)
 """Rows, length of a sum and columns of a tile, at most."""
@@ -25,19 +26,7 @@ def refusal(call: Call) -> str | None:
     """Why this call cannot run here, or None."""
     if call.target.platform != "tpu":
         return f"it needs a TPU, this is {call.target.kind}"
-    lhs, rhs = call.arguments["lhs"], call.arguments["rhs"]
-    assert lhs is not None
-    assert rhs is not None
-    if jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]
-        return "its indices have 32 bits, and jax_enable_x64 is on"
-    if divided():
-        return "a mesh of several devices divides the arrays; use it inside shard_map"
-    dtype = jnp.result_type(lhs, rhs)
-    if dtype not in (jnp.bfloat16, jnp.float32):
-        return f"it multiplies bfloat16 and float32, not {dtype}"
-    if 0 in (*lhs.shape, *rhs.shape) or rhs.shape[1] % LANES or rhs.shape[2] % LANES:
-        return f"it needs K and N in multiples of {LANES}, nothing empty, got lhs {lhs.shape} and rhs {rhs.shape}"
-    return None
+    return refuse(call, (jnp.bfloat16, jnp.float32), 1, LANES)
 
 
 def _tiling(rows: int, depth: int, columns: int) -> tuple[int, int, int]:
