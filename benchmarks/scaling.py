@@ -16,6 +16,7 @@ import dataclasses
 import gzip
 import importlib
 import json
+import math
 import statistics
 import tempfile
 import time
@@ -60,9 +61,9 @@ def kernel_times(folder: Path) -> dict[str, float]:
 def measure(text: str, options: argparse.Namespace) -> dict[str, Any]:
     """One mesh."""
     config = importlib.import_module(f"configs.{options.preset}").config
-    mesh_config = MeshConfig(**{name: int(size) for name, size in (pair.split("=") for pair in text.split(","))})
-    size = max(mesh_config.data, 1) * mesh_config.fsdp * mesh_config.expert * mesh_config.tensor * mesh_config.sequence
-    mesh = make_mesh(dataclasses.replace(mesh_config, data=max(mesh_config.data, 1)), jax.devices()[:size])
+    sizes = {"data": 1} | {name: int(size) for name, size in (pair.split("=") for pair in text.split(","))}
+    size = math.prod(sizes.values())
+    mesh = make_mesh(MeshConfig(**sizes), jax.devices()[:size])
     rows, length = options.rows * size, config.data.sequence_length
     config = dataclasses.replace(
         config,

@@ -60,8 +60,8 @@ class Reader:
             raise ConfigError(f"config.json: {name} must be a number, got {value!r}")
         return float(value)
 
-    def must_be(self, name: str, wanted: Any, default: Any = None) -> None:
-        value = self.fields.get(name, wanted if default is None else default)
+    def must_be(self, name: str, wanted: Any) -> None:
+        value = self.fields.get(name, wanted)
         if value != wanted:
             raise ConfigError(f"config.json: {name} is {value!r}; only {wanted!r} can be converted")
 

@@ -25,7 +25,8 @@ def causal_conv_over(
 ) -> tuple[Array, Array]:
     """`causal_conv` of the sequence whose shards, in order, lie along mesh axis `axis_name`.
 
-    Call it inside `jax.shard_map(..., check_vma=False)`. Arguments and results are those of `causal_conv`, with L the
+    Call it inside `jax.shard_map(..., check_vma=False)`: its loops start from constants, which the check takes to be
+    replicated. Arguments and results are those of `causal_conv`, with L the
     tokens of one shard, which may be fewer than K - 1: x and segment_ids are split along L; weight, bias and
     initial_state (the K - 1 inputs before the first token of the whole sequence) are the same on every shard along the
     axis, and so is the returned state (after the last token of the whole sequence). y stays split.

@@ -42,7 +42,8 @@ def selective_scan_over(
 ) -> tuple[Array, Array]:
     """`selective_scan` of the sequence whose shards, in order, lie along mesh axis `axis_name`.
 
-    Call it inside `jax.shard_map(..., check_vma=False)`. Arguments and results are those of `selective_scan`, with L the
+    Call it inside `jax.shard_map(..., check_vma=False)`: its loops start from constants, which the check takes to be
+    replicated. Arguments and results are those of `selective_scan`, with L the
     tokens of one shard: u, dt, B, C, z and segment_ids are split along L; A, D, dt_bias and initial_state (the state
     before the first token of the whole sequence) are the same on every shard along the axis, and so is the returned
     state (after the last token of the whole sequence). y stays split.

@@ -9,6 +9,7 @@ Run on an H100; its time is in benchmarks/README.md.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -24,6 +25,8 @@ from pallas_kernels.versions import mosaic_kernel, mosaic_load
 BLOCKS = 8
 TOKENS = 512
 """Tokens that a block takes at a time, four a lane."""
+LANES = plgpu.Layout.WG_STRIDED((TOKENS,), vec_size=4)
+"""Where the lanes hold them."""
 MOST = 16
 """Experts, each of which takes registers."""
 TINY = 2.0**-60
@@ -43,6 +46,21 @@ def refusal(call: Call) -> str | None:
     if scores.dtype != jnp.float32 or len(scores) > MOST:
         return f"it takes float32 and up to {MOST} experts, got {scores.dtype} and {len(scores)}"
     return None
+
+
+def _largest(values: list[Any]) -> Any:
+    return functools.reduce(jnp.maximum, values)
+
+
+def _log_probabilities(logits: list[Any]) -> list[Any]:
+    """Of each expert, to base 2, from logits to base 2."""
+    top = _largest(logits)
+    return [logit - top - jnp.log2(sum(jnp.exp2(other - top) for other in logits)) for logit in logits]
+
+
+def _filled(value: float) -> Any:
+    """A value for each of TOKENS tokens."""
+    return plgpu.layout_cast(jnp.full((TOKENS,), value, jnp.float32), LANES)
 
 
 def _fence() -> None:
@@ -70,7 +88,6 @@ def sinkhorn_potentials_gpu(scores: Array, valid: Array, start: Array, iteration
     weight = jnp.pad(valid.astype(jnp.float32), (0, padding))
     turns = scores.shape[1] // (BLOCKS * TOKENS)
     log2e = math.log2(math.e)
-    lanes = plgpu.Layout.WG_STRIDED((TOKENS,), vec_size=4)
 
     def body(scores: Any, weight: Any, start: Any, log_share: Any, out: Any, shares: Any, barrier: Any) -> None:
         block = lax.axis_index("block")
@@ -78,46 +95,33 @@ def sinkhorn_potentials_gpu(scores: Array, valid: Array, start: Array, iteration
         def tile(turn: Any, potential: tuple[Any, ...]) -> tuple[list[Any], Any]:
             """Logits with their potentials, of TOKENS tokens, and the tokens' weights."""
             here = pl.ds((block * turns + turn) * TOKENS, TOKENS)
-            logits = [mosaic_load(scores.at[x, here], lanes) * log2e + potential[x] for x in range(experts)]
-            return logits, mosaic_load(weight.at[here], lanes)
-
-        def largest(values: list[Any]) -> Any:
-            top = values[0]
-            for value in values[1:]:
-                top = jnp.maximum(top, value)
-            return top
-
-        def log_probabilities(logits: list[Any]) -> list[Any]:
-            top = largest(logits)
-            return [logit - top - jnp.log2(sum(jnp.exp2(other - top) for other in logits)) for logit in logits]
-
-        def zeros(value: float = 0.0) -> Any:
-            return plgpu.layout_cast(jnp.full((TOKENS,), value, jnp.float32), lanes)
+            logits = [mosaic_load(scores.at[x, here], LANES) * log2e + potential[x] for x in range(experts)]
+            return logits, mosaic_load(weight.at[here], LANES)
 
         def iterate(i: Any, potential: tuple[Any, ...]) -> tuple[Any, ...]:
             def add(turn: Any, sums: tuple[Any, ...]) -> tuple[Any, ...]:
                 logits, weight = tile(turn, potential)
-                top = largest(logits)
+                top = _largest(logits)
                 powers = [jnp.exp2(logit - top) for logit in logits]
                 scale = weight / sum(powers)
                 return tuple(x + power * scale for x, power in zip(sums, powers, strict=True))
 
-            sums = [jnp.sum(x) for x in lax.fori_loop(0, turns, add, (zeros(),) * experts)]
+            sums = [jnp.sum(x) for x in lax.fori_loop(0, turns, add, (_filled(0.0),) * experts)]
 
             def in_logarithms(x: int) -> Any:
                 def top(turn: Any, most: Any) -> Any:
                     logits, weight = tile(turn, potential)
-                    return jnp.maximum(most, jnp.where(weight > 0, log_probabilities(logits)[x], -jnp.inf))
+                    return jnp.maximum(most, jnp.where(weight > 0, _log_probabilities(logits)[x], -jnp.inf))
 
-                most = jnp.max(lax.fori_loop(0, turns, top, zeros(-jnp.inf)))
+                most = jnp.max(lax.fori_loop(0, turns, top, _filled(-jnp.inf)))
                 shift = jnp.where(most == -jnp.inf, 0.0, most)
 
                 def add(turn: Any, total: Any) -> Any:
                     logits, weight = tile(turn, potential)
                     # Tokens that do not count may exceed `shift` by so much that their power is infinite.
-                    return total + jnp.where(weight > 0, jnp.exp2(log_probabilities(logits)[x] - shift), 0.0)
+                    return total + jnp.where(weight > 0, jnp.exp2(_log_probabilities(logits)[x] - shift), 0.0)
 
-                return shift + jnp.log2(jnp.sum(lax.fori_loop(0, turns, add, zeros())))
+                return shift + jnp.log2(jnp.sum(lax.fori_loop(0, turns, add, _filled(0.0))))
 
             # Every iteration has memory of its own: none is read before it is written, so none is in a cache.
             for x in range(experts):
@@ -133,7 +137,7 @@ def sinkhorn_potentials_gpu(scores: Array, valid: Array, start: Array, iteration
 
             def updated(x: int) -> Any:
                 of_blocks = [shares[i, k, x] for k in range(BLOCKS)]
-                top = largest(of_blocks)
+                top = _largest(of_blocks)
                 load = top + jnp.log2(sum(jnp.exp2(share - top) for share in of_blocks))
                 return potential[x] + (log_share[0] - load)
 

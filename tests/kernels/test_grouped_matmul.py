@@ -321,7 +321,8 @@ def test_kernels_lower_for_cuda():
     shapes = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((1024, 1152), (8, 1152, 6144), (1024, 6144))]
     sizes = jax.ShapeDtypeStruct((8,), jnp.int32)
     checks = [jax.export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")]
-    jax.export.export(jax.jit(both), platforms=["cuda"], disabled_checks=checks)(*shapes[:2], sizes, shapes[2])
+    exported = jax.export.export(jax.jit(both), platforms=["cuda"], disabled_checks=checks)(*shapes[:2], sizes, shapes[2])
+    assert exported.mlir_module().count("@mosaic_gpu_v2") == 3  # the product and two gradients
 
 
 COMPILE = """

@@ -83,7 +83,7 @@ def over(operator, specs, results, names, **options):
         lambda arrays: operator("sequence", **arrays, **options),
         in_specs=({name: specs[name] for name in names},),
         out_specs=results,
-        check_vma=False,
+        check_vma=False,  # loops start from constants, which the check takes to be replicated
     )
 
 
@@ -298,7 +298,7 @@ def one_shard(operator, **options):
     mesh = jax.make_mesh((1,), ("sequence",), axis_types=(AxisType.Auto,))
     return jax.shard_map(
         lambda *arrays: operator("sequence", *arrays, **options),
-        mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False,
+        mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False,  # as above
     )  # fmt: skip
 
 

@@ -61,7 +61,9 @@ def test_the_kernel_does_what_the_loop_does(kernel, tokens, experts, spread, bia
 def test_the_kernel_lowers_for_cuda():
     shapes = [jax.ShapeDtypeStruct(*kind) for kind in (((8, 16384), jnp.float32), ((16384,), jnp.bool_), ((8,), jnp.float32))]
     checks = [jax.export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")]
-    jax.export.export(jax.jit(lambda *x: sinkhorn_potentials_gpu(*x, 8)), platforms=["cuda"], disabled_checks=checks)(*shapes)
+    function = jax.jit(lambda *arguments: sinkhorn_potentials_gpu(*arguments, 8))
+    exported = jax.export.export(function, platforms=["cuda"], disabled_checks=checks)(*shapes)
+    assert exported.mlir_module().count("@mosaic_gpu_v2") == 1
 
 
 def test_the_choice():
