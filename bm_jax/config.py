@@ -152,6 +152,9 @@ class MoeConfig:
     sinkhorn_scope: Literal["global", "local"] = "global"
     """Over which tokens Sinkhorn balances on a mesh: all of the batch, exchanging a sum per expert and iteration, or those of
     each part of the batch by itself, exchanging nothing (as Megatron's data-parallel ranks do)."""
+    exchange: Literal["padded", "ragged"] = "padded"
+    """How tokens travel between the devices of `mesh.expert`: in equal parts with room to spare, everywhere, or by ragged
+    all_to_all, on GPUs and TPUs that have it. On H200s padded is the faster by far; see benchmarks/README.md."""
     load_balance_loss: float = 0.0
     router_z_loss: float = 0.0
     input_jitter: float = 0.0
@@ -162,6 +165,7 @@ class MoeConfig:
         _one_of(self, "activation", typing.get_args(Activation))
         _one_of(self, "router", ("sinkhorn", "switch", "topk"))
         _one_of(self, "sinkhorn_scope", ("global", "local"))
+        _one_of(self, "exchange", ("padded", "ragged"))
         _finite(self, "load_balance_loss", "router_z_loss", "input_jitter")
         if self.top_k > self.experts:
             raise ConfigError(f"MoeConfig.top_k ({self.top_k}) must not exceed MoeConfig.experts ({self.experts})")

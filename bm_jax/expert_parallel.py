@@ -1,16 +1,16 @@
 """The experts on a mesh: the only shard_map of the experts.
 
 Each device holds `X / expert` experts, split further over `fsdp` (gathered here) and `tensor` (whose shares of the output are
-summed). Tokens lie split over the batch axes and `sequence`. A device sorts its assignments by the device of their expert
-along the `expert` axis, sends each of these devices its rows by all_to_all, in room for `SLACK` times the mean or, where
-one gets more, for all; runs its own experts on what it receives; and gets its rows back the same way.
+summed). Tokens lie split over the batch axes and `sequence`. A device sends its rows to the devices of their experts along
+the `expert` axis (`bm_jax.expert_exchange`), each with room for `SLACK` times the mean or, where one gets more, for all;
+runs its own experts on what it receives; and gets its rows back the same way.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from typing import cast
+from typing import Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,16 +18,29 @@ from jax import Array, lax
 from jax.sharding import PartitionSpec as P
 
 from bm_jax.config import Activation
+from bm_jax.expert_exchange import EXCHANGES
 from bm_jax.experts import apply_experts as apply_on_one_device
-from bm_jax.experts import expert_products, inverse, places, take_rows, weigh
+from bm_jax.experts import expert_products, weigh
 from bm_jax.sharding import AXES, layout, map_shards, parameter_spec
 
 SLACK = 1.25
-"""Room for rows sent to one device, over the mean."""
+"""Room for the rows that a device receives, over their mean."""
 
 
-def apply_experts(w_in: Array, w_out: Array, tokens: Array, expert: Array, gate: Array, activation: Activation) -> Array:
-    """`bm_jax.experts.apply_experts` for tokens `[B, L, M]`, expert and gate `[B, L, K]`, weights of any float dtype."""
+def apply_experts(
+    w_in: Array,
+    w_out: Array,
+    tokens: Array,
+    expert: Array,
+    gate: Array,
+    activation: Activation,
+    *,
+    exchange: Literal["padded", "ragged"] = "padded",
+) -> Array:
+    """`bm_jax.experts.apply_experts` for tokens `[B, L, M]`, expert and gate `[B, L, K]`, weights of any float dtype.
+
+    `exchange` is how rows travel between the devices of the `expert` axis, see `bm_jax.expert_exchange`.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         w_in, w_out = w_in.astype(tokens.dtype), w_out.astype(tokens.dtype)
@@ -39,10 +52,12 @@ def apply_experts(w_in: Array, w_out: Array, tokens: Array, expert: Array, gate:
     }
     arguments = {"w_in": w_in, "w_out": w_out, "tokens": tokens, "expert": expert, "gate": gate}
     specs |= dict.fromkeys(("tokens", "expert", "gate"), split)
-    return map_shards(functools.partial(_shard, activation=activation), arguments, specs, split)
+    return map_shards(functools.partial(_shard, activation=activation, exchange=exchange), arguments, specs, split)
 
 
-def _shard(w_in: Array, w_out: Array, tokens: Array, expert: Array, gate: Array, activation: Activation) -> Array:
+def _shard(
+    w_in: Array, w_out: Array, tokens: Array, expert: Array, gate: Array, *, activation: Activation, exchange: str
+) -> Array:
     """One device's tokens through all experts, from its share of the weights."""
     shape = tokens.shape
     tokens, expert, gate = (array.reshape(-1, array.shape[-1]) for array in (tokens, expert, gate))
@@ -52,7 +67,7 @@ def _shard(w_in: Array, w_out: Array, tokens: Array, expert: Array, gate: Array,
     if lax.axis_size("expert") == 1:
         out = _products(w_in, w_out, rows, assigned, activation)
     else:
-        out = _exchanged(w_in, w_out, rows, assigned, activation)
+        out = _exchanged(w_in, w_out, rows, assigned, activation, exchange)
     return weigh(out.reshape(T, K, -1), gate).reshape(shape)
 
 
@@ -73,39 +88,27 @@ def _products(w_in: Array, w_out: Array, rows: Array, expert: Array, activation:
     return lax.psum(out, "tensor")
 
 
-def _exchanged(w_in: Array, w_out: Array, rows: Array, expert: Array, activation: Activation) -> Array:
+def _exchanged(w_in: Array, w_out: Array, rows: Array, expert: Array, activation: Activation, exchange: str) -> Array:
     """`_products` where the rows' experts live on any device of the `expert` axis."""
     devices, own, count = lax.axis_size("expert"), len(w_in), len(rows)
-    peer = expert // own  # `devices` for no expert
-    position, sizes = places(peer, devices)
-    order = inverse(position)
-    rank = position - (jnp.cumsum(sizes) - sizes)[jnp.minimum(peer, devices - 1)]
-    local = (expert % own).astype(jnp.int32)
+    with jax.named_scope("all_to_all"):
+        travel = EXCHANGES[exchange](expert // own)  # `devices` for no expert
 
     def through(room: int, w_in: Array, w_out: Array, rows: Array) -> Array:
-        """With room for so many rows from each device to each."""
-        place = jnp.arange(devices * room) % room
-        starts = jnp.repeat(jnp.cumsum(sizes) - sizes, room)
-        filled = place < jnp.repeat(sizes, room)
-        index = order[jnp.minimum(starts + place, count - 1)]
-        slot = jnp.clip(peer * room + rank, 0, devices * room - 1)
-        placed = peer < devices
-
-        def swap(x: Array) -> Array:
-            return lax.all_to_all(x.reshape(devices, room, -1), "expert", 0, 0).reshape(devices * room, -1)
-
+        """With room for so many rows on each device."""
         with jax.named_scope("all_to_all"):
-            there = swap(take_rows(rows, index, slot, filled, placed))
-            there_expert = swap(jnp.where(filled, local[index], own)[:, None])[:, 0]
+            there = travel.there(rows, room)
+            there_expert = travel.labels((expert % own).astype(jnp.int32), room, own)
         out = _products(w_in, w_out, there, there_expert, activation)
         with jax.named_scope("all_to_all"):
-            return take_rows(swap(out), slot, index, placed, filled)
+            return travel.back(out)
 
-    room = min(count, math.ceil(SLACK * count / devices / 8) * 8)
-    if room == count:
-        return through(count, w_in, w_out, rows)
+    all_room = devices * count
+    room = min(all_room, math.ceil(SLACK * count / devices / 8) * 8 * devices)
+    if room == all_room:
+        return through(all_room, w_in, w_out, rows)
     # The same on every device, as both branches exchange rows.
-    fits = lax.pmax(jnp.max(sizes), AXES) <= room
+    fits = lax.pmax(travel.most, AXES) <= room
     # The backward pass computes the rare branch again: what it would keep takes memory whichever branch is taken.
-    rare = jax.checkpoint(functools.partial(through, count))
+    rare = jax.checkpoint(functools.partial(through, all_room))
     return lax.cond(fits, functools.partial(through, room), rare, w_in, w_out, rows)

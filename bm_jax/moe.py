@@ -147,9 +147,9 @@ def run_experts(
     dropped = jnp.zeros((), jnp.float32)
     if capacity is not None:
         expert, dropped = _drop(expert, X, capacity)
-    y = apply_experts(
-        parameters["w_in"], parameters["w_out"], tokens, expert.reshape(shape), routing.gate.reshape(shape), config.activation
-    )
+    expert, gate = expert.reshape(shape), routing.gate.reshape(shape)
+    w_in, w_out = parameters["w_in"], parameters["w_out"]
+    y = apply_experts(w_in, w_out, tokens, expert, gate, config.activation, exchange=config.exchange)
     return y, dropped
 
 

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 from eight_devices import assert_close, in_eight_devices, random_parameters
 
-from bm_jax.config import AttentionConfig, MambaConfig, MeshConfig, ModelConfig, MoeConfig
+from bm_jax import expert_exchange
+from bm_jax.config import AttentionConfig, ConfigError, MambaConfig, MeshConfig, ModelConfig, MoeConfig
 from bm_jax.loss import next_token_loss
 from bm_jax.moe import run_experts
 from bm_jax.routing import Routing, route
 from bm_jax.sharding import batch_parts, batch_sharding, make_mesh, parameter_shardings
+from pallas_kernels.dispatch import Target
 
 BLACKMAMBA = ModelConfig(
     layers=("mamba", "moe"),
@@ -49,7 +51,7 @@ MESHES = [sizes for sizes in itertools.product((1, 2, 4, 8), repeat=4) if np.pro
 
 
 def mesh_of(sizes):
-    return make_mesh(MeshConfig(**dict(zip(AXES, sizes, strict=True))))
+    return make_mesh(MeshConfig(**dict(zip(AXES, sizes, strict=True))), jax.devices()[: np.prod(sizes)])
 
 
 def check_model(name):
@@ -79,10 +81,13 @@ def check_model(name):
 LOADS = ("uneven", "an empty expert", "all on one expert", "masked")
 
 
-def check_loads(dtype):
+FOUR_MESHES = ((1, 1, 8, 1), (2, 1, 4, 1), (1, 2, 2, 2), (1, 1, 2, 4))
+
+
+def check_loads(dtype, exchange, meshes=FOUR_MESHES):
     """The experts alone, on loads that fit the room for a mean and that do not."""
     r = np.random.default_rng(2)
-    config = MoeConfig(experts=8, width=8, router="topk", top_k=2)
+    config = MoeConfig(experts=8, width=8, router="topk", top_k=2, exchange=exchange)
     with jax.enable_x64(dtype == "float64"):
         parameters = {
             "w_in": jnp.asarray(r.standard_normal((8, 16, 2, 8))), "w_out": jnp.asarray(r.standard_normal((8, 8, 16))),
@@ -102,12 +107,33 @@ def check_loads(dtype):
 
             step = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)
             wanted = jax.jit(step)(parameters, x, routing.gate)
-            for sizes in ((1, 1, 8, 1), (2, 1, 4, 1), (1, 2, 2, 2), (1, 1, 2, 4)):
+            for sizes in meshes:
                 with jax.set_mesh(mesh_of(sizes)):
                     got = jax.jit(step)(parameters, x, routing.gate)
                 # bfloat16: products are rounded to 2**-9 of themselves, a few dozen of them add up.
                 (_, y), gradients = got
                 assert_close((y, gradients), (wanted[0][1], wanted[1]), tolerance=1e-10 if dtype == "float64" else 2.0**-6)
+
+
+def stated_ragged_all_to_all(operand, output, starts, sizes, targets, received, *, axis_name):
+    """What `lax.ragged_all_to_all` is documented to do, which CPUs lack, from everything of every device."""
+    everything = jax.lax.all_gather((operand, starts, sizes, targets), axis_name)
+    me = jax.lax.axis_index(axis_name)
+    for source in range(jax.lax.axis_size(axis_name)):
+        rows, start, size, target = (x[source] if i == 0 else x[source, me] for i, x in enumerate(everything))
+        place = jnp.arange(len(output)) - target
+        comes = (place >= 0) & (place < jnp.minimum(size, received[source]))
+        taken = rows[jnp.clip(start + place, 0, len(rows) - 1)]
+        output = jnp.where(comes.reshape(-1, *[1] * (output.ndim - 1)), taken, output)
+    return output
+
+
+def check_ragged_loads(dtype):
+    with pytest.raises(ConfigError, match="CPUs have no ragged all_to_all; use 'padded'"):
+        check_loads(dtype, "ragged")
+    jax.lax.ragged_all_to_all = stated_ragged_all_to_all
+    expert_exchange.target = lambda: Target("gpu", "one that has it")
+    check_loads(dtype, "ragged")
 
 
 def check_sinkhorn():
@@ -144,4 +170,17 @@ def test_every_mesh_of_eight_gives_the_loss_and_gradients_of_one_device(name, ru
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
 def test_any_load_gives_what_one_device_gives(dtype, run_with_devices):
-    in_eight_devices(run_with_devices, "test_expert_parallel", f"check_loads({dtype!r})")
+    in_eight_devices(run_with_devices, "test_expert_parallel", f"check_loads({dtype!r}, 'padded')")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_any_load_gives_what_one_device_gives_by_the_ragged_exchange(dtype, run_with_devices):
+    in_eight_devices(run_with_devices, "test_expert_parallel", f"check_ragged_loads({dtype!r})")
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu" or jax.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+@pytest.mark.parametrize("exchange", ["padded", "ragged"])
+def test_any_load_gives_what_one_gpu_gives(dtype, exchange):
+    check_loads(dtype, exchange, meshes=[(1, 1, 2, 1)])
