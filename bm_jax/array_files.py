@@ -6,12 +6,13 @@ chunks it touches, so chunks are short along every axis that a mesh may split.
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+
+from bm_jax.leaves import CheckpointError, bytes_of, leaves_of, nest
 
 CHUNK_BYTES = 2**23
 """Most bytes of a chunk of an array: what is compressed, and unpacked again, as one."""
@@ -19,61 +20,6 @@ MOST_EXPERTS = 64
 """Arrays `[periods, X, ...]` of at most this many experts are stored expert by expert."""
 READ_BYTES = 2**28
 """Bytes of chunks that are being read at one time."""
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint cannot be written or read; the message says why, what is intact and what to do."""
-
-
-def leaves_of(tree: Any) -> dict[str, Any]:
-    """Path such as `params/embedding` -> leaf. An attribute and a dict key of one name give the same path."""
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
-
-
-def nest(leaves: dict[str, Any]) -> dict[str, Any]:
-    """The inverse of `leaves_of`, as nested dicts."""
-    tree: dict[str, Any] = {}
-    for path, leaf in leaves.items():
-        *parents, name = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = leaf
-    return tree
-
-
-def describe(leaves: dict[str, Any]) -> dict[str, list[Any]]:
-    """Path -> [dtype, shape], as JSON values."""
-    return {path: [str(leaf.dtype), list(leaf.shape)] for path, leaf in leaves.items()}
-
-
-def require_same(folder: Path, saved: dict[str, list[Any]], wanted: dict[str, list[Any]]) -> None:
-    """Raise CheckpointError naming the first leaves that differ."""
-
-    def show(leaf: list[Any] | None) -> str:
-        return "absent" if leaf is None else f"{leaf[0]}{leaf[1]}"
-
-    paths = [path for path in {**wanted, **saved} if saved.get(path) != wanted.get(path)]
-    if paths:
-        first = {path: (show(saved.get(path)), show(wanted.get(path))) for path in paths[:5]}
-        listed = "".join(f"\n  {path}: {there} in the checkpoint, {here} here" for path, (there, here) in first.items())
-        raise CheckpointError(
-            f"checkpoint {folder} was made with another configuration: {len(paths)} of {len({**wanted, **saved})} "
-            f"arrays differ, among them{listed}\nSet run.directory to another folder, or use the configuration it was "
-            "made with; nothing was changed."
-        )
-
-
-def placed(leaf: Any) -> jax.ShapeDtypeStruct:
-    """`leaf` as a ShapeDtypeStruct with a sharding."""
-    sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def bytes_of(leaf: Any) -> int:
-    """Bytes of an array; 16 an element for PRNG keys, whose dtype has no size of its own."""
-    return math.prod(leaf.shape) * getattr(leaf.dtype, "itemsize", 16)
 
 
 def save_arguments(leaves: dict[str, Any]) -> ocp.args.StandardSave:

@@ -1,4 +1,4 @@
-"""Checkpoints of a training run, model directories, and the lock of a run directory.
+"""Checkpoints of a training run, and the lock of a run directory.
 
 Orbax writes and reads the arrays; this module adds what a run that may be killed at any moment needs.
 
@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import errno
 import fcntl
 import itertools
 import json
@@ -39,17 +38,8 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from bm_jax.array_files import (
-    CheckpointError,
-    bytes_of,
-    describe,
-    leaves_of,
-    nest,
-    placed,
-    read_arrays,
-    require_same,
-    save_arguments,
-)
+from bm_jax.array_files import read_arrays, save_arguments
+from bm_jax.leaves import CheckpointError, bytes_of, describe, is_disk_full, leaves_of, nest, placed, require_same
 from bm_jax.sealed_folder import problem_with, publish, remove_folder, seal
 
 PARTIAL = ".partial"
@@ -240,7 +230,7 @@ class Checkpoints:
         time.sleep(0.2)  # a write that Orbax left running may have made the folder anew
         self._remove_leftovers()
         reason = f"{error}".strip() or type(error).__name__
-        if _is_disk_full(error):
+        if is_disk_full(error):
             reason = f"disk full on {self.directory} ({_free(self.directory)} free): {reason}"
         return CheckpointError(f"saving step {step} failed: {reason}. {self._intact()}")
 
@@ -263,52 +253,12 @@ class Checkpoints:
             remove_folder(entry)
 
 
-def save_parameters(directory: str | os.PathLike, params: Any) -> None:
-    """Write `params` (a pytree of arrays, dtypes kept) as folder `directory`; all or nothing.
-
-    Raises:
-        CheckpointError: `directory` exists (nothing is overwritten), or cannot be written.
-    """
-    folder = Path(directory).absolute()
-    if folder.exists():
-        raise CheckpointError(f"{folder} exists already; choose another folder or remove it first.")
-    partial, leaves = folder.with_name(f"{folder.name}{PARTIAL}"), leaves_of(params)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        remove_folder(partial)
-        _write_json(partial, leaves=describe(leaves))
-        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-            checkpointer.save(partial / "state", args=save_arguments(leaves))
-        seal(partial)
-        publish(partial, folder)
-    except Exception as error:
-        remove_folder(partial)
-        full = "disk full: " if _is_disk_full(error) else ""
-        raise CheckpointError(f"cannot write the parameters to {folder}: {full}{error}") from error
-
-
-def load_parameters(directory: str | os.PathLike, abstract: Any = None) -> Any:
-    """The parameters that `save_parameters` wrote as folder `directory`.
-
-    With `abstract` (a pytree of `jax.ShapeDtypeStruct`) they get its structure and shardings; without, they are a
-    nested dict on the first device.
-
-    Raises:
-        CheckpointError: there are none, they are damaged, or they differ from `abstract` in path, shape or dtype.
-    """
-    folder = Path(directory).absolute()
-    problem = problem_with(folder) if folder.is_dir() else "there is no such folder"
-    if problem:
-        raise CheckpointError(f"cannot read the parameters in {folder}: {problem}.")
-    return _read_subtree(folder, "", abstract)
-
-
 def restore_parameters(run_directory: str | os.PathLike, abstract: Any = None) -> Any:
     """Only the parameters (`params` of the state) of the newest undamaged checkpoint of a run.
 
     All of its files are verified, but no other array is loaded, and nothing is changed on disk. `run_directory` is the
-    folder given to `Checkpoints`, or its parent when that folder is named `checkpoints`. `abstract` is as in
-    `load_parameters`.
+    folder given to `Checkpoints`, or its parent when that folder is named `checkpoints`. With `abstract` (a pytree of
+    `jax.ShapeDtypeStruct`) they get its structure and shardings; without, they are a nested dict on the first device.
 
     Raises:
         CheckpointError: there is no undamaged checkpoint, or it differs from `abstract`.
@@ -319,7 +269,19 @@ def restore_parameters(run_directory: str | os.PathLike, abstract: Any = None) -
     step, _ = _newest_good(directory)
     if step is None:
         raise CheckpointError(f"there is no checkpoint in {directory}; give the directory of a training run.")
-    return _read_subtree(directory / str(step), "params/", abstract)
+    folder, prefix = directory / str(step), "params/"
+    leaves = _read_json(folder, "leaves")
+    saved = {path.removeprefix(prefix): leaf for path, leaf in leaves.items() if path.startswith(prefix)}
+    if not saved:
+        raise CheckpointError(f"checkpoint {folder} holds no parameters.")
+    if abstract is None:
+        wanted = {path: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for path, (dtype, shape) in saved.items()}
+    else:
+        wanted = leaves_of(abstract)
+        require_same(folder, saved, describe(wanted))
+    values = read_arrays(folder, {prefix + path: placed(leaf) for path, leaf in wanted.items()})
+    found = {path: values[prefix + path] for path in wanted}
+    return nest(found) if abstract is None else jax.tree.unflatten(jax.tree.structure(abstract), list(found.values()))
 
 
 def _steps(directory: Path) -> list[int]:
@@ -370,22 +332,6 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
     return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
 
 
-def _read_subtree(folder: Path, prefix: str, abstract: Any) -> Any:
-    """The arrays whose path begins with `prefix`, in the structure of `abstract` (nested dicts if None)."""
-    leaves = _read_json(folder, "leaves")
-    saved = {path.removeprefix(prefix): leaf for path, leaf in leaves.items() if path.startswith(prefix)}
-    if not saved:
-        raise CheckpointError(f"checkpoint {folder} holds no parameters.")
-    if abstract is None:
-        wanted = {path: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for path, (dtype, shape) in saved.items()}
-    else:
-        wanted = leaves_of(abstract)
-        require_same(folder, saved, describe(wanted))
-    values = read_arrays(folder, {prefix + path: placed(leaf) for path, leaf in wanted.items()})
-    found = {path: values[prefix + path] for path in wanted}
-    return nest(found) if abstract is None else jax.tree.unflatten(jax.tree.structure(abstract), list(found.values()))
-
-
 # --- room on the disk ---------------------------------------------------------------------------------------------------
 
 
@@ -399,13 +345,3 @@ def _human(size: float) -> str:
 
 def _free(directory: Path) -> str:
     return _human(shutil.disk_usage(directory).free)
-
-
-def _is_disk_full(error: BaseException | None) -> bool:
-    """Whether the error, or one it came from, says that there is no room (Orbax hides the number in its text)."""
-    while error is not None:
-        number = getattr(error, "errno", None)
-        if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "No space left on device" in str(error):
-            return True
-        error = error.__cause__ or error.__context__
-    return False

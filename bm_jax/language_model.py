@@ -9,9 +9,9 @@ more than `PIECE` tokens are read in pieces of that many, and the room that atte
 
 A model directory is self-contained:
 
-    config.json      {"format": "blackmamba-jax model", "version": 1, "model": fields of ModelConfig}
+    config.json      {"format": "blackmamba-jax model", "version": 2, "model": fields of ModelConfig}
     tokenizer.json   see `bm_jax.data.tokenizer`
-    params/          float32 parameters, see `bm_jax.checkpoint`
+    params/          float32 parameters, see `bm_jax.parameter_folder`
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -34,10 +34,12 @@ from bm_jax.config import Config, ConfigError, ModelConfig, from_dict, to_dict
 from bm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from bm_jax.model import Parameters, forward, init_parameters, unroll, unrolled
 from bm_jax.model import logits as unembed
+from bm_jax.parameter_folder import load_parameters, save_parameters
 from bm_jax.sampling import SamplingConfig
 from bm_jax.sharding import parameter_shardings, path_name, with_shardings
 
-FORMAT, VERSION = "blackmamba-jax model", 1
+FORMAT, VERSION = "blackmamba-jax model", 2
+PARAMETERS = "params"
 PIECE = 2048
 """Longer prompts are read in pieces of this many tokens, with memory for one piece at a time."""
 SHORTEST_BUCKET = 16
@@ -195,7 +197,7 @@ class LanguageModel:
         for name, value in (("max_prompt_tokens", max_prompt_tokens), ("max_batch", max_batch)):
             if value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}")
-        _check_parameters(config, parameters)
+        check_shapes(config, _shapes(parameters))
         self.config, self.parameters, self.tokenizer = config, parameters, tokenizer
         self.max_prompt_tokens, self.max_batch = max_prompt_tokens, max_batch
 
@@ -227,18 +229,14 @@ class LanguageModel:
         Raises:
             ConfigError: `directory` exists and is not empty; nothing is overwritten.
         """
-        from bm_jax.checkpoint import save_parameters  # slow to import
-
         path = Path(directory).absolute()
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise ConfigError(f"{directory} exists already; a model is only written to a new directory")
         partial_path = path.with_name(f".{path.name}.{os.getpid()}.partial")
         try:
             partial_path.mkdir(parents=True)
-            save_parameters(partial_path / "params", self.parameters)
-            self.tokenizer.save(partial_path)
-            wrapped = {"format": FORMAT, "version": VERSION, "model": to_dict(self.config)}
-            (partial_path / "config.json").write_text(json.dumps(wrapped, indent=2) + "\n", encoding="utf-8")
+            save_parameters(partial_path / PARAMETERS, self.parameters)
+            write_description(partial_path, self.config, self.tokenizer)
             os.replace(partial_path, path)
         finally:
             shutil.rmtree(partial_path, ignore_errors=True)
@@ -464,10 +462,9 @@ def _expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return _shapes(jax.eval_shape(lambda: init_parameters(config, jax.random.key(0))))
 
 
-def _check_parameters(config: ModelConfig, parameters: Parameters) -> None:
-    """Raise ConfigError unless `parameters` have the names and shapes of `config`."""
-
-    expected, found = _expected_shapes(config), _shapes(parameters)
+def check_shapes(config: ModelConfig, found: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise ConfigError unless parameters of these shapes by path are those of `config`."""
+    expected = _expected_shapes(config)
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
             raise ConfigError(
@@ -494,14 +491,33 @@ def read_parameters(directory: str | os.PathLike[str], abstract: Any = None) -> 
     Raises:
         ConfigError: something is missing, damaged or of another shape; the message says what and where.
     """
-    from bm_jax.checkpoint import load_parameters, restore_parameters  # slow to import
-
     path = Path(directory)
-    if _read_config(path)[1]:
-        return restore_parameters(path, abstract)
-    if not (path / "params").is_dir():
-        raise ConfigError(f"{path} has no params folder: the model directory is incomplete")
-    return load_parameters(path / "params", abstract)
+    folder = parameters_of(path)
+    if folder is not None:
+        return load_parameters(folder, abstract)
+    from bm_jax.checkpoint import restore_parameters  # slow to import
+
+    return restore_parameters(path, abstract)
+
+
+def parameters_of(directory: Path) -> Path | None:
+    """The folder of a model directory's parameters; None for a training run's directory, which has checkpoints.
+
+    Raises:
+        ConfigError: neither, or something is missing or damaged.
+    """
+    if _read_config(directory)[1]:
+        return None
+    if not (directory / PARAMETERS).is_dir():
+        raise ConfigError(f"{directory} has no {PARAMETERS} folder: the model directory is incomplete")
+    return directory / PARAMETERS
+
+
+def write_description(directory: Path, config: ModelConfig, tokenizer: Tokenizer) -> None:
+    """What a model directory holds beside the parameters."""
+    tokenizer.save(directory)
+    wrapped = {"format": FORMAT, "version": VERSION, "model": to_dict(config)}
+    (directory / "config.json").write_text(json.dumps(wrapped, indent=2) + "\n", encoding="utf-8")
 
 
 def _read_config(path: Path) -> tuple[ModelConfig, bool]:

@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,12 @@ def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / CHECKSUMS)
 
 
-def _digests(folder: Path) -> dict[str, list[Any]]:
-    """File name -> [bytes, SHA-256] of every file below `folder`."""
+def _digests(folder: Path, known: Mapping[str, list[Any]] | None = None) -> dict[str, list[Any]]:
+    """File name -> [bytes, SHA-256] of every file below `folder`; those that are `known` are not read."""
 
     def digest(path: Path) -> list[Any]:
+        if known and str(path.relative_to(folder)) in known:
+            return known[str(path.relative_to(folder))]
         with open(path, "rb") as file:
             return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
 
@@ -55,9 +58,12 @@ def remove_folder(folder: Path) -> None:
             return
 
 
-def seal(folder: Path) -> None:
-    """Write the checksums of a finished folder; afterwards everything in it is on the disk."""
-    (folder / CHECKSUMS).write_text(json.dumps(_digests(folder), indent=1))
+def seal(folder: Path, known: Mapping[str, list[Any]] | None = None) -> None:
+    """Write the checksums of a finished folder; afterwards everything in it is on the disk.
+
+    `known` holds [bytes, SHA-256] of files by name, taken while they were written.
+    """
+    (folder / CHECKSUMS).write_text(json.dumps(_digests(folder, known), indent=1))
     for path in [*folder.rglob("*"), folder]:
         sync(path)
 

@@ -117,6 +117,7 @@ class Run:
             if self.config.run.init_from is not None:
                 from bm_jax.language_model import read_parameters
 
+                jax.tree.map(lambda leaf: leaf.delete(), state.params)  # no room for both may be left
                 state = state.replace(params=read_parameters(self.config.run.init_from, self.abstract.params))
             return state, None
         return restored.state, restored.data_state

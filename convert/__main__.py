@@ -1,6 +1,6 @@
 """Checkpoints of PyTorch models to this project and back.
 
-    python -m convert import SRC DST                       # recognised from config.json and tensor names
+    python -m convert import SRC DST                       # recognised from config.json and tensor names; SRC may be on the hub
     python -m convert export SRC DST --format blackmamba   # or mamba, hf-mamba, hf-jamba, hf-mixtral
     python -m convert verify A B                           # tensor by tensor
 
@@ -42,8 +42,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     importing = commands.add_parser("import", help="make a model directory of a checkpoint")
-    importing.add_argument("source", type=Path, help="folder with config.json, or a file beside one")
+    importing.add_argument("source", help="folder with config.json, a file beside one, or owner/name on the Hugging Face hub")
     importing.add_argument("destination", type=Path, help="folder that does not exist yet")
+    importing.add_argument("--revision", help="branch, tag or commit on the hub")
     importing.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="what the model computes in; bfloat16")
     importing.add_argument(
         "--expert-activation",
@@ -72,6 +73,7 @@ def _import(options: argparse.Namespace) -> int:
     summary = import_checkpoint(
         options.source,
         options.destination,
+        revision=options.revision,
         expert_activation=options.expert_activation,
         compute_dtype=options.dtype,
         tokenizer=options.tokenizer,
@@ -99,12 +101,15 @@ def _export(options: argparse.Namespace) -> int:
 
 def _report(summary: Summary, destination: Path) -> None:
     from bm_jax.model import count_parameters
+    from convert.plan import preset_of
     from convert.tables import FORMATS
 
-    count = count_parameters(summary.config)
+    count, preset = count_parameters(summary.config), preset_of(summary.config)
     print(f"{FORMATS[summary.format].title} ({summary.layout}): {destination}")
     print(f"  tensors     {summary.tensors:>15,}")
-    print(f"  parameters  {summary.parameters:>15,}, {count.total:,} in the model, {count.active:,} active a token")
+    print(f"  parameters  {summary.parameters:>15,}, all of the model's; {count.active:,} active a token")
+    if preset is not None:
+        print(f"  preset      {preset:>15}")
 
 
 def _verify(options: argparse.Namespace) -> int:

@@ -5,19 +5,32 @@ Nothing in a file is run: pickles are read by `torch.load(weights_only=True)`, a
 
 from __future__ import annotations
 
+import collections
+import concurrent.futures
+import contextlib
+import io
 import json
-import os
-from collections.abc import Iterator
+import math
+import pickle
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import ml_dtypes
 import numpy as np
 
+from bm_jax.language_model import PARAMETERS
+from bm_jax.parameter_folder import FILE
+from bm_jax.sealed_folder import sync
+from bm_jax.tensor_file import Kind, Memory, TensorFile, TensorFileError, write_tensor_file
+
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": BFLOAT16}
-"""safetensors' names of the types that are converted."""
+DTYPES = (np.dtype(np.float32), np.dtype(np.float16), BFLOAT16)
+"""Types that are converted."""
 NAMES = ("model.safetensors", "pytorch_model.bin")
+COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
+"""Files that come along as they are where a checkpoint has them: PyTorch code reads them."""
 
 
 class ArchiveError(RuntimeError):
@@ -28,55 +41,51 @@ class File(Protocol):
     """One file of tensors."""
 
     path: Path
+    tensors: Mapping[str, Kind]
+    """Every tensor's type and shape."""
 
-    def shapes(self) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
-        """Every tensor's type and shape."""
+    def flat(self, name: str, start: int, stop: int, memory: Memory | None = None) -> np.ndarray:
+        """Elements `start` to `stop` of a tensor as a row of numbers, perhaps in `memory`."""
         ...
 
-    def read(self, name: str) -> np.ndarray:
-        """One tensor."""
-        ...
+
+def safetensors_file(path: Path) -> TensorFile:
+    """A .safetensors file whose tensors can be converted."""
+    try:
+        file = TensorFile(path)
+    except TensorFileError as error:
+        raise ArchiveError(str(error)) from None
+    for name, kind in file.tensors.items():
+        _require_known(path, name, kind.dtype if kind.dtype in DTYPES else None, kind.dtype)
+    return file
 
 
-class SafetensorsFile:
-    """A .safetensors file; its header is checked whole by the `safetensors` library when it is opened."""
-
-    def __init__(self, path: Path) -> None:
-        import safetensors
-
-        self.path = path
-        try:
-            self._file: Any = safetensors.safe_open(path, framework="numpy")
-            self._names = list(self._file.keys())
-        except (OSError, safetensors.SafetensorError) as error:
-            raise ArchiveError(f"{path} is not a readable safetensors file: {error}") from None
-
-    def shapes(self) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
-        found = {}
-        for name in self._names:
-            part = self._file.get_slice(name)
-            if part.get_dtype() not in DTYPES:
-                raise ArchiveError(
-                    f"{self.path}: tensor {name} is {part.get_dtype()}; float32, float16 and bfloat16 can be converted"
-                )
-            found[name] = DTYPES[part.get_dtype()], tuple(part.get_shape())
-        return found
-
-    def read(self, name: str) -> np.ndarray:
-        import safetensors
-
-        try:
-            return self._file.get_tensor(name)
-        except (OSError, safetensors.SafetensorError) as error:
-            raise ArchiveError(f"{self.path}: tensor {name} cannot be read: {error}") from None
+def _require_known(path: Path, name: str, known: np.dtype | None, found: Any) -> np.dtype:
+    if known is None:
+        raise ArchiveError(f"{path}: tensor {name} is {found}; float32, float16 and bfloat16 can be converted")
+    return known
 
 
 class PickledFile:
-    """A .bin or .pt file as PyTorch saves it, with its tensors at the top or under one key."""
+    """A .bin or .pt file as PyTorch saves it, with its tensors at the top or under one key.
+
+    It is mapped into memory, and anew after every `MAPPED_BYTES` read, as pages that were read count as memory.
+    """
+
+    MAPPED_BYTES = 2**29
 
     def __init__(self, path: Path, wrapper: str | None = None) -> None:
-        self.path = path
-        torch = _torch(path)
+        self.path, self._wrapper, self._torch = path, wrapper, _torch(path)
+        torch = self._torch
+        dtypes = {torch.float32: np.dtype(np.float32), torch.float16: np.dtype(np.float16), torch.bfloat16: BFLOAT16}
+        self._loaded, self._read = self._load(), 0
+        self.tensors = {
+            name: Kind(_require_known(path, name, dtypes.get(tensor.dtype), tensor.dtype), tuple(tensor.shape))
+            for name, tensor in self._loaded.items()
+        }
+
+    def _load(self) -> dict[str, Any]:
+        torch, path = self._torch, self.path
         try:
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:
@@ -84,31 +93,24 @@ class PickledFile:
             raise ArchiveError(
                 f"{path} was not loaded, and nothing in it was run: it is damaged, or holds more than tensors: {reason}"
             ) from None
-        if wrapper is not None and isinstance(loaded, dict) and isinstance(loaded.get(wrapper), dict):
-            loaded = loaded[wrapper]
+        if self._wrapper is not None and isinstance(loaded, dict) and isinstance(loaded.get(self._wrapper), dict):
+            loaded = loaded[self._wrapper]
         if not isinstance(loaded, dict):
             raise ArchiveError(f"{path} holds {type(loaded).__name__}, not tensors by name")
-        self._tensors: dict[str, Any] = {}
         for name, tensor in loaded.items():
             if not isinstance(tensor, torch.Tensor):
                 raise ArchiveError(f"{path}: {name!r} is {type(tensor).__name__}, not a tensor")
-            self._tensors[str(name)] = tensor
-        self._dtypes = {torch.float32: DTYPES["F32"], torch.float16: DTYPES["F16"], torch.bfloat16: BFLOAT16}
-        self._integers = torch.int16
+        return {str(name): tensor for name, tensor in loaded.items()}
 
-    def shapes(self) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
-        for name, tensor in self._tensors.items():
-            if tensor.dtype not in self._dtypes:
-                raise ArchiveError(
-                    f"{self.path}: tensor {name} is {tensor.dtype}; float32, float16 and bfloat16 can be converted"
-                )
-        return {name: (self._dtypes[tensor.dtype], tuple(tensor.shape)) for name, tensor in self._tensors.items()}
-
-    def read(self, name: str) -> np.ndarray:
-        tensor = self._tensors[name].contiguous()
-        if self._dtypes[tensor.dtype] == BFLOAT16:
-            return tensor.view(self._integers).numpy().view(BFLOAT16)
-        return tensor.numpy()
+    def flat(self, name: str, start: int, stop: int, memory: Memory | None = None) -> np.ndarray:
+        """Elements `start` to `stop` of a tensor as a row of numbers, those of the mapped file."""
+        dtype = self.tensors[name].dtype
+        self._read += (stop - start) * dtype.itemsize
+        if self._read > self.MAPPED_BYTES:
+            del self._loaded
+            self._loaded, self._read = self._load(), 0
+        part = self._loaded[name].reshape(-1)[start:stop]
+        return part.view(self._torch.int16).numpy().view(dtype) if dtype == BFLOAT16 else part.numpy()
 
 
 def _torch(path: Path) -> Any:
@@ -124,10 +126,10 @@ class Archive:
 
     def __init__(self, files: list[File]) -> None:
         self.files = files
-        self.tensors: dict[str, tuple[np.dtype, tuple[int, ...]]] = {}
+        self.tensors: dict[str, Kind] = {}
         self._file: dict[str, File] = {}
         for file in files:
-            for name, kind in file.shapes().items():
+            for name, kind in file.tensors.items():
                 if name in self._file:
                     raise ArchiveError(f"tensor {name} is in {self._file[name].path} and again in {file.path}")
                 self.tensors[name], self._file[name] = kind, file
@@ -136,9 +138,17 @@ class Archive:
         """The file that a tensor is in."""
         return self._file[name].path
 
-    def read(self, name: str) -> np.ndarray:
-        """One tensor."""
-        return self._file[name].read(name)
+    def read(self, name: str, memory: Memory | None = None) -> np.ndarray:
+        """One tensor, perhaps in `memory`."""
+        shape = self.tensors[name].shape
+        return self.flat(name, 0, math.prod(shape), memory).reshape(shape)
+
+    def flat(self, name: str, start: int, stop: int, memory: Memory | None = None) -> np.ndarray:
+        """Elements `start` to `stop` of a tensor as a row of numbers, perhaps in `memory`."""
+        try:
+            return self._file[name].flat(name, start, stop, memory)
+        except TensorFileError as error:
+            raise ArchiveError(str(error)) from None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.tensors)
@@ -154,6 +164,8 @@ def open_archive(path: Path, wrapper: str | None = None) -> Archive:
         raise ArchiveError(f"{path} does not exist")
     if path.is_file():
         return Archive([_open(path, wrapper)])
+    if (path / PARAMETERS / FILE).exists():  # a model directory of ours
+        return Archive([safetensors_file(path / PARAMETERS / FILE)])
     for name in NAMES:
         index = path / f"{name}.index.json"
         if index.exists():
@@ -165,7 +177,7 @@ def open_archive(path: Path, wrapper: str | None = None) -> Archive:
 
 def _open(path: Path, wrapper: str | None) -> File:
     if path.suffix == ".safetensors":
-        return SafetensorsFile(path)
+        return safetensors_file(path)
     if path.suffix in (".bin", ".pt", ".pth"):
         return PickledFile(path, wrapper)
     raise ArchiveError(f"{path}: expected a .safetensors, .bin, .pt or .pth file")
@@ -210,26 +222,59 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def write_archive(folder: Path, tensors: dict[str, np.ndarray], pickled: bool, wrapper: str | None) -> Path:
-    """Write all tensors to one file in `folder`, as safetensors or pickled; returns its path."""
+def write_archive(
+    folder: Path, tensors: Mapping[str, Kind], arrays: Iterable[np.ndarray], pickled: bool, wrapper: str | None
+) -> Path:
+    """Write one file in `folder`, as safetensors or pickled, of these tensors, whose arrays follow in their order.
+
+    Returns its path. An array is written while the next is made, and no longer read when the one after that is asked for.
+    """
     if not pickled:
-        from safetensors.numpy import save_file
+        write_tensor_file(folder / NAMES[0], tensors, arrays, {"format": "pt"})
+        return folder / NAMES[0]
+    _write_pickled(folder / NAMES[1], tensors, arrays, wrapper)
+    return folder / NAMES[1]
 
-        path = folder / NAMES[0]
-        save_file({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, path, {"format": "pt"})
-        return path
-    path = folder / NAMES[1]
+
+def _write_pickled(path: Path, tensors: Mapping[str, Kind], arrays: Iterable[np.ndarray], wrapper: str | None) -> None:
+    """What `torch.save` writes of a dict of tensors, without having them all at once."""
     torch = _torch(path)
+    types = dict(zip(DTYPES, (torch.FloatStorage, torch.HalfStorage, torch.BFloat16Storage), strict=True))
 
-    def to_torch(tensor: np.ndarray) -> Any:
-        tensor = np.ascontiguousarray(tensor)
-        if tensor.dtype == BFLOAT16:
-            return torch.from_numpy(tensor.view(np.int16)).view(torch.bfloat16)
-        return torch.from_numpy(tensor)
+    class Storage(NamedTuple):
+        key: str
+        kind: Kind
 
-    state = {name: to_torch(tensor) for name, tensor in tensors.items()}
-    with open(path, "wb") as file:
-        torch.save(state if wrapper is None else {wrapper: state}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    return path
+    class Tensor(NamedTuple):
+        storage: Storage
+
+        def __reduce__(self) -> tuple[Any, ...]:
+            shape = self.storage.kind.shape
+            strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+            return torch._utils._rebuild_tensor_v2, (self.storage, 0, shape, strides, False, collections.OrderedDict())
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, obj: Any) -> Any:
+            if not isinstance(obj, Storage):
+                return None
+            return "storage", types[obj.kind.dtype], obj.key, "cpu", math.prod(obj.kind.shape)
+
+    state = {name: Tensor(Storage(str(i), kind)) for i, (name, kind) in enumerate(tensors.items())}
+    text = io.BytesIO()
+    Pickler(text, protocol=2).dump(state if wrapper is None else {wrapper: state})
+    with open(path, "wb", buffering=0) as file, concurrent.futures.ThreadPoolExecutor(1) as pool:
+        archive = torch._C.PyTorchFileWriter(file)
+        try:
+            archive.write_record("data.pkl", text.getvalue(), len(text.getvalue()))
+            pending = pool.submit(archive.write_record, "byteorder", sys.byteorder, len(sys.byteorder))
+            for i, array in enumerate(arrays):
+                pending.result()
+                data = torch.from_numpy(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+                pending = pool.submit(archive.write_record, f"data/{i}", data.untyped_storage(), data.nbytes)
+            pending.result()
+        except BaseException:
+            with contextlib.suppress(RuntimeError):  # it must be called: the writer ends the process otherwise
+                archive.write_end_of_file()
+            raise
+        archive.write_end_of_file()
+    sync(path)

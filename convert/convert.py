@@ -8,10 +8,12 @@ every tensor's type.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,18 +21,24 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from bm_jax.array_files import leaves_of, nest
 from bm_jax.config import ConfigError, ModelConfig
 from bm_jax.data.tokenizer import Tokenizer, load_tokenizer
-from bm_jax.language_model import LanguageModel
-from convert.archives import DTYPES, Archive, ArchiveError, open_archive, read_json, write_archive
+from bm_jax.language_model import PARAMETERS, check_shapes, parameters_of, read_config, read_parameters, write_description
+from bm_jax.leaves import leaves_of
+from bm_jax.model import count_parameters
+from bm_jax.parameter_folder import open_parameters, write_parameters
+from bm_jax.tensor_file import Kind, Memory
+from convert.archives import COMPANIONS, DTYPES, Archive, ArchiveError, open_archive, read_json, write_archive
 from convert.configs import recognize, to_ours, to_theirs
+from convert.hub import download, is_hub_name
 from convert.plan import Entry, entries, leaf_shapes
 from convert.tables import FORMATS, Format
 
 SOURCE = "source.json"
 TIED = "lm_head.weight"
 """Of tied models some checkpoints hold the unembedding too, a copy of the embedding."""
+COMPARED = 2**24
+"""Numbers compared at a time."""
 NEOX = "EleutherAI/gpt-neox-20b"
 
 
@@ -49,6 +57,7 @@ def import_checkpoint(
     source: str | os.PathLike[str],
     destination: str | os.PathLike[str],
     *,
+    revision: str | None = None,
     expert_activation: str = "released",
     compute_dtype: str | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
@@ -57,7 +66,8 @@ def import_checkpoint(
     """Make a model directory of a checkpoint.
 
     Args:
-        source: a folder with config.json, or a file beside one.
+        source: a folder with config.json, a file beside one, or `owner/name` on the Hugging Face hub.
+        revision: branch, tag or commit on the hub; None for its main branch.
         destination: a folder that does not exist yet; it is made whole or not at all.
         expert_activation: of BlackMamba's gated experts, a key of `convert.configs.EXPERT_ACTIVATIONS`.
         compute_dtype: of the model; None for bfloat16.
@@ -68,7 +78,13 @@ def import_checkpoint(
         ArchiveError: the files are damaged, unsafe, or hold other tensors than the configuration says.
         ConfigError: the configuration cannot be converted.
     """
-    source, destination = Path(source), Path(destination).absolute()
+    origin, destination = {"source": str(source)}, Path(destination).absolute()
+    require_new(destination)
+    if is_hub_name(source):
+        source, origin["revision"] = download(str(source), revision)
+    elif revision is not None:
+        raise ConfigError(f"revision {revision!r} is of the hub, but {source} is on this machine")
+    source = Path(source)
     folder = source if source.is_dir() else source.parent
     fields = read_json(folder / "config.json")
     format = FORMATS[recognize(fields)]
@@ -78,21 +94,36 @@ def import_checkpoint(
     archive = open_archive(source, format.wrapper)
     layout, wanted = _match(archive, format, config)
     own = _tokenizer_of(folder if tokenizer is None else tokenizer, format, config)
-    with _whole(destination) as partial:
-        leaves = {path: np.empty(shape, np.float32) for path, shape in leaf_shapes(config).items()}
-        for entry in tqdm(wanted, desc="tensors", disable=not progress):
-            leaves[entry.leaf][entry.at] = entry.to_ours(archive.read(entry.name))
-        if TIED in archive.tensors and config.tie_embeddings:
-            _check_tied(archive, leaves["embedding"])
-        LanguageModel(config, nest(leaves), own).save(partial)
-        kept = {
+    if TIED in archive.tensors and config.tie_embeddings:
+        _check_tied(archive, next(entry.name for entry in wanted if entry.leaf == "embedding"))
+    leaves = {path: Kind(np.dtype(np.float32), shape) for path, shape in leaf_shapes(config).items()}
+    with _whole(destination) as partial, tqdm(total=len(wanted), desc="tensors", disable=not progress) as bar:
+        write_parameters(partial / PARAMETERS, leaves, _our_blocks(archive, leaves, wanted, bar))
+        write_description(partial, config, own)
+        _bring_companions(folder, partial)
+        kept = origin | {
             "format": format.name,
             "layout": layout,
             "config": fields,
-            "tensors": {name: str(dtype) for name, (dtype, _) in archive.tensors.items()},
+            "tensors": {name: str(kind.dtype) for name, kind in archive.tensors.items()},
         }
         _write_json(partial / SOURCE, kept)
     return _summary(format, layout, wanted, config)
+
+
+def _our_blocks(archive: Archive, leaves: Mapping[str, Kind], wanted: list[Entry], bar: tqdm) -> Iterator[np.ndarray]:
+    """Each leaf as float32, period by period: its elements in order."""
+    there, blocks = Memory(), itertools.cycle((Memory(), Memory()))  # one block is written while the next is made
+    for path, (dtype, shape) in leaves.items():
+        parts = [entry for entry in wanted if entry.leaf == path]
+        whole = not parts[0].at
+        for period in range(1 if whole else shape[0]):
+            block = next(blocks).take(dtype, shape if whole else shape[1:])
+            for entry in parts:
+                if whole or entry.at[0] == period:
+                    block[entry.at[1:]] = entry.as_ours(archive.read(entry.name, there))
+                    bar.update()
+            yield block
 
 
 def export_checkpoint(
@@ -125,8 +156,7 @@ def export_checkpoint(
     kind = FORMATS[format]
     kept = read_json(source / SOURCE) if (source / SOURCE).exists() else {}
     same = kept.get("format") == format
-    model = LanguageModel.load(source)
-    config = model.config
+    config, tokenizer = read_config(source), load_tokenizer(source)
     if layout is None:
         layout = str(kept["layout"]) if same else next(iter(kind.layouts))
     if layout not in kind.layouts:
@@ -134,27 +164,46 @@ def export_checkpoint(
     fields = kept["config"] if same else to_theirs(format, config)
     wanted = entries(kind, layout, config)
     types = kept["tensors"] if same and layout == kept["layout"] else {}
-    known = {str(numpy_dtype): numpy_dtype for numpy_dtype in DTYPES.values()}
+    known = {str(numpy_dtype): numpy_dtype for numpy_dtype in DTYPES}
     if dtype is not None and dtype not in known:
         raise ConfigError(f"dtype must be one of {', '.join(known)}, got {dtype!r}")
 
     def type_of(name: str) -> np.dtype:
         return known[dtype or types.get(name, "float32")]
 
-    leaves = leaves_of(model.parameters)
+    by_name = {entry.name: entry for entry in wanted}
+    if config.tie_embeddings and (TIED in types or (not same and format == "mamba")):
+        by_name[TIED] = next(entry for entry in wanted if entry.leaf == "embedding")
+    if types:  # in the order they came in
+        by_name = {name: by_name[name] for name in types}
+    tensors = {name: Kind(type_of(name), entry.shape) for name, entry in by_name.items()}
+    read = _reader(source, config)
+
+    def arrays() -> Iterator[np.ndarray]:
+        there, blocks = Memory(), itertools.cycle((Memory(), Memory()))  # one is written while the next is made
+        for name, entry in tqdm(by_name.items(), desc="tensors", disable=not progress):
+            array = next(blocks).take(type_of(name), entry.shape)
+            entry.as_ours(array)[...] = read(entry.leaf, entry.at, there)
+            yield array
+
     with _whole(destination) as partial:
-        tensors = {
-            entry.name: entry.to_theirs(np.asarray(leaves[entry.leaf])[entry.at]).astype(type_of(entry.name))
-            for entry in tqdm(wanted, desc="tensors", disable=not progress)
-        }
-        if config.tie_embeddings and (TIED in types or (not same and format == "mamba")):
-            tensors[TIED] = np.asarray(leaves["embedding"]).astype(type_of(TIED))
-        if types:  # in the order they came in
-            tensors = {name: tensors[name] for name in types}
-        write_archive(partial, tensors, kind.pickled, kind.wrapper)
+        write_archive(partial, tensors, arrays(), kind.pickled, kind.wrapper)
         _write_json(partial / "config.json", fields)
-        model.tokenizer.save(partial)
+        tokenizer.save(partial)
+        _bring_companions(source, partial)
     return _summary(kind, layout, wanted, config)
+
+
+def _reader(source: Path, config: ModelConfig) -> Callable[[str, tuple, Memory], np.ndarray]:
+    """What gives parts of the leaves of a model directory, or of a run's newest checkpoint, which is loaded whole."""
+    folder = parameters_of(source)
+    if folder is None:
+        leaves = {path: np.asarray(leaf) for path, leaf in leaves_of(read_parameters(source)).items()}
+        check_shapes(config, {path: leaf.shape for path, leaf in leaves.items()})
+        return lambda path, index, memory: leaves[path][index]
+    file = open_parameters(folder)
+    check_shapes(config, {path: kind.shape for path, kind in file.tensors.items()})
+    return file.read
 
 
 class Difference(NamedTuple):
@@ -181,22 +230,32 @@ def compare(
     a, b = (archive.tensors for archive in archives)
     for name in sorted(a.keys() ^ b.keys()):
         raise ArchiveError(f"tensor {name} is only in {first if name in a else second}")
+    for name in a:
+        if a[name].shape != b[name].shape:
+            raise ArchiveError(f"tensor {name} is {a[name].shape} in {first} and {b[name].shape} in {second}")
     differences = []
     for name in a:
-        if a[name][1] != b[name][1]:
-            raise ArchiveError(f"tensor {name} is {a[name][1]} in {first} and {b[name][1]} in {second}")
-        x, y = (archive.read(name) for archive in archives)
-        same = x.dtype == y.dtype and x.tobytes() == y.tobytes()
-        wide = [array.astype(np.float64) for array in (x, y)]
-        with np.errstate(invalid="ignore"):  # of infinity less infinity
-            gap = np.nan_to_num(np.abs(wide[0] - wide[1]), nan=np.inf)
-        gap = np.where((wide[0] == wide[1]) | (np.isnan(wide[0]) & np.isnan(wide[1])), 0, gap)
-        where = np.unravel_index(int(np.argmax(gap)), gap.shape) if gap.size else ()
-        difference = Difference(name, float(gap.max(initial=0)), tuple(int(i) for i in where), same)
-        differences.append(difference)
+        differences.append(_difference(archives[0], archives[1], name))
         if on_each:
-            on_each(difference)
+            on_each(differences[-1])
     return differences
+
+
+def _difference(first: Archive, second: Archive, name: str) -> Difference:
+    (a, shape), (b, _) = first.tensors[name], second.tensors[name]
+    size, largest, at, same = math.prod(shape), 0.0, 0, a == b
+    for start in range(0, size, COMPARED):
+        x, y = (archive.flat(name, start, min(start + COMPARED, size)) for archive in (first, second))
+        if a == b and np.array_equal(x.view(np.uint8), y.view(np.uint8)):
+            continue
+        x, y, same = x.astype(np.float64), y.astype(np.float64), False
+        with np.errstate(invalid="ignore"):  # of infinity less infinity
+            gap = np.nan_to_num(np.abs(x - y), nan=np.inf)
+        gap = np.where((x == y) | (np.isnan(x) & np.isnan(y)), 0, gap)
+        if gap.max() > largest:
+            largest, at = float(gap.max()), start + int(np.argmax(gap))
+    where = np.unravel_index(at, shape) if size else ()
+    return Difference(name, largest, tuple(int(i) for i in where), same)
 
 
 def _match(archive: Archive, format: Format, config: ModelConfig) -> tuple[str, list[Entry]]:
@@ -225,8 +284,9 @@ def _match(archive: Archive, format: Format, config: ModelConfig) -> tuple[str, 
     return layout, list(wanted.values())
 
 
-def _check_tied(archive: Archive, embedding: np.ndarray) -> None:
-    if not np.array_equal(archive.read(TIED).astype(np.float32), embedding, equal_nan=True):
+def _check_tied(archive: Archive, embedding: str) -> None:
+    tied, embedding_ = (archive.read(name).astype(np.float32) for name in (TIED, embedding))
+    if not np.array_equal(tied, embedding_, equal_nan=True):
         raise ArchiveError(f"{archive.path(TIED)}: {TIED} is not the embedding, though config.json says that they are tied")
 
 
@@ -247,11 +307,16 @@ def _tokenizer_of(source: str | os.PathLike[str], format: Format, config: ModelC
     return tokenizer
 
 
+def require_new(destination: Path) -> None:
+    """Raise ConfigError if there is something already."""
+    if destination.exists():
+        raise ConfigError(f"{destination} exists already; nothing is overwritten: give another path or remove it")
+
+
 @contextmanager
 def _whole(destination: Path) -> Iterator[Path]:
     """A folder to write in, which becomes `destination` when all went well and is removed otherwise."""
-    if destination.exists():
-        raise ConfigError(f"{destination} exists already; nothing is overwritten: give another path or remove it")
+    require_new(destination)
     partial = destination.with_name(f".{destination.name}.{os.getpid()}.partial")
     try:
         partial.mkdir(parents=True)
@@ -263,8 +328,17 @@ def _whole(destination: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def _bring_companions(source: Path, destination: Path) -> None:
+    for name in COMPANIONS:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, destination / name)
+
+
 def _summary(format: Format, layout: str, wanted: list[Entry], config: ModelConfig) -> Summary:
-    return Summary(format.name, layout, len(wanted), sum(int(np.prod(entry.shape)) for entry in wanted), config)
+    parameters, expected = sum(math.prod(entry.shape) for entry in wanted), count_parameters(config).total
+    if parameters != expected:
+        raise ArchiveError(f"the tensors of {format.title} have {parameters:,} parameters, but the model has {expected:,}")
+    return Summary(format.name, layout, len(wanted), parameters, config)
 
 
 def _write_json(path: Path, value: Any) -> None:

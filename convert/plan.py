@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -9,8 +11,9 @@ import einops
 import jax
 import numpy as np
 
+import configs
 from bm_jax.config import ModelConfig
-from bm_jax.model import init_parameters
+from bm_jax.model import count_parameters, init_parameters
 from bm_jax.sharding import path_name
 from convert.tables import EXPERT, Format, Row
 
@@ -28,14 +31,9 @@ class Entry(NamedTuple):
     pattern: str
     sizes: Mapping[str, int]
 
-    def to_ours(self, tensor: np.ndarray) -> np.ndarray:
-        """The tensor as a part of our leaf; a view where it can be."""
+    def as_ours(self, tensor: np.ndarray) -> np.ndarray:
+        """The tensor as a part of our leaf: a view of it, to read from or to write into."""
         return einops.rearrange(tensor, self.pattern, **self.sizes)
-
-    def to_theirs(self, part: np.ndarray) -> np.ndarray:
-        """The inverse of `to_ours`."""
-        theirs, ours = self.pattern.split(" -> ")
-        return einops.rearrange(part, f"{ours} -> {theirs}", **self.sizes)
 
 
 def leaf_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -43,6 +41,16 @@ def leaf_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     shapes = jax.eval_shape(lambda: init_parameters(config, jax.random.key(0)))
     flat, _ = jax.tree_util.tree_flatten_with_path(shapes)
     return {path_name(path): leaf.shape for path, leaf in flat}
+
+
+def preset_of(config: ModelConfig) -> str | None:
+    """The preset whose parameters have the same paths and shapes, if there is one."""
+    total = count_parameters(config).total
+    for module in pkgutil.iter_modules(configs.__path__):
+        model = importlib.import_module(f"configs.{module.name}").config.model
+        if count_parameters(model).total == total and leaf_shapes(model) == leaf_shapes(config):
+            return module.name
+    return None
 
 
 def entries(format: Format, layout: str, config: ModelConfig) -> list[Entry]:

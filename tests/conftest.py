@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+import shutil
 import subprocess
 import sys
 import typing
@@ -78,3 +79,15 @@ def run_with_devices() -> Callable[..., str]:
         return done.stdout
 
     return run
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A real file system of 8 MB and 400 files."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=8m,nr_inodes=400", "tmpfs", str(path)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small file system needs to be root")
+    yield path
+    subprocess.run(["umount", str(path)], check=True)

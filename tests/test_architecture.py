@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MODEL_FILES = {
     f"bm_jax.{name}"
     for name in ("shapes", "initialization", "layers", "mamba", "attention", "routing", "moe", "cache", "model", "sharding",
-                 "sequence_parallel", "experts", "expert_parallel")
+                 "sequence_parallel", "experts", "expert_exchange", "expert_parallel")
 }  # fmt: skip
 
 
@@ -84,7 +84,8 @@ def test_presets_see_only_the_configuration(name):
 
 @pytest.mark.parametrize("name", [name for name in SOURCES if within(name, "convert")])
 def test_converters_see_only_what_a_model_directory_is(name):
-    allowed = ("config", "checkpoint", "array_files", "model", "language_model", "sharding", "data.tokenizer")
+    files = ("leaves", "parameter_folder", "sealed_folder", "tensor_file")
+    allowed = ("config", *files, "checkpoint", "model", "language_model", "sharding", "data.tokenizer")
     for imported in imports(SOURCES[name]):
         if within(imported, "bm_jax"):
             assert within(imported, *(f"bm_jax.{module}" for module in allowed)), imported

@@ -26,10 +26,8 @@ from bm_jax.checkpoint import (
     CheckpointError,
     Checkpoints,
     RunDirectoryError,
-    load_parameters,
     lock_run_directory,
     restore_parameters,
-    save_parameters,
 )
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -222,9 +220,10 @@ def test_a_host_reads_its_shards_and_no_more(tmp_path):
 def test_chunks_are_small_and_experts_apart(tmp_path):
     """So that a device of any mesh reads little besides its shard."""
     shapes = {"stacked": (2, 1024, 2, 3072), "experts": (2, 8, 512, 2, 1024), "matrix": (4096, 1024), "small": (3,)}
-    save_parameters(tmp_path / "params", {name: jnp.zeros(shape) for name, shape in shapes.items()})
+    with Checkpoints(tmp_path, keep_last=1) as checkpoints:
+        checkpoints.save(1, {name: jnp.zeros(shape) for name, shape in shapes.items()}, data_state={}, config={})
     with ocp.PyTreeCheckpointer() as checkpointer:
-        metadata = checkpointer.metadata(tmp_path / "params/state").item_metadata.tree
+        metadata = checkpointer.metadata(tmp_path / "1/state").item_metadata.tree
     chunks = {name: metadata[name].storage.chunk_shape for name in shapes}
     assert all(np.prod(chunk) * 4 <= 2**23 for chunk in chunks.values()), chunks
     assert chunks["experts"][1] == 1
@@ -235,9 +234,12 @@ def test_chunks_are_small_and_experts_apart(tmp_path):
 @pytest.mark.parametrize("room", [1, 2**22])
 def test_a_shard_of_more_bytes_than_are_read_at_a_time(tmp_path, room, monkeypatch):
     monkeypatch.setattr(array_files, "READ_BYTES", room)
-    params = {"large": jnp.arange(3 * 2**20).reshape(3, -1), "small": jnp.ones(3), "key": jax.random.key(0)}
-    save_parameters(tmp_path / "params", params)
-    assert bits(load_parameters(tmp_path / "params", abstract(params))) == bits(params)
+    state = {"large": jnp.arange(3 * 2**20).reshape(3, -1), "small": jnp.ones(3), "key": jax.random.key(0)}
+    with Checkpoints(tmp_path, keep_last=1) as checkpoints:
+        checkpoints.save(1, state, data_state={}, config={})
+        restored = checkpoints.restore(abstract(state))
+    assert restored is not None
+    assert bits(restored.state) == bits(state)
 
 
 @pytest.mark.parametrize(
@@ -396,18 +398,6 @@ def wait_for(condition, seconds: float = 60) -> None:
 # --- full and read-only disks -----------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A real file system of 8 MB and 400 files."""
-    path = tmp_path / "disk"
-    path.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=8m,nr_inodes=400", "tmpfs", str(path)]
-    if shutil.which("mount") is None or subprocess.run(command, capture_output=True, check=False).returncode:
-        pytest.skip("mounting a small file system needs to be root")
-    yield path
-    subprocess.run(["umount", str(path)], check=True)
-
-
 def noise(megabytes: float) -> dict[str, jax.Array]:
     return {"x": jax.random.bits(jax.random.key(0), (int(megabytes * 2**18),), jnp.uint32)}
 
@@ -511,8 +501,6 @@ def test_a_folder_that_cannot_be_written(read_only):
     with Checkpoints(read_only / "run", keep_last=1) as checkpoints, pytest.raises(CheckpointError) as error:
         checkpoints.save(1, noise(0.1), data_state={}, config={})
     assert str(read_only) in str(error.value)
-    with pytest.raises(CheckpointError, match="cannot write the parameters"):
-        save_parameters(read_only / "model", noise(0.1))
     with (
         pytest.raises(RunDirectoryError, match=r"cannot use the run directory .*run\.directory"),
         lock_run_directory(read_only / "run"),
@@ -530,34 +518,6 @@ def test_a_file_where_the_folder_should_be(tmp_path):
 
 
 # --- parameters -------------------------------------------------------------------------------------------------------
-
-
-def test_parameters_of_a_model_directory(tmp_path):
-    params = make_state(4).params
-    save_parameters(tmp_path / "model/params", params)
-    assert names(tmp_path / "model") == ["params"]
-    assert bits(load_parameters(tmp_path / "model/params")) == bits(params)
-    assert bits(load_parameters(tmp_path / "model/params", abstract(params))) == bits(params)
-    with pytest.raises(CheckpointError, match="exists already"):
-        save_parameters(tmp_path / "model/params", make_state(5).params)
-    assert bits(load_parameters(tmp_path / "model/params")) == bits(params)
-
-
-def test_parameters_that_cannot_be_loaded(tmp_path):
-    with pytest.raises(CheckpointError, match="there is no such folder"):
-        load_parameters(tmp_path / "none")
-    save_parameters(tmp_path / "params", make_state(4).params)
-    with pytest.raises(CheckpointError, match="odd: float32"):
-        load_parameters(tmp_path / "params", abstract(make_state(4).params | {"odd": jnp.zeros(5)}))
-    flip_bit(tmp_path / "params/state/_METADATA")
-    with pytest.raises(CheckpointError, match="_METADATA have changed"):
-        load_parameters(tmp_path / "params")
-
-
-def test_a_failed_write_leaves_no_parameters(small_disk):
-    with pytest.raises(CheckpointError, match="disk full"):
-        save_parameters(small_disk / "model/params", noise(20))
-    assert names(small_disk / "model") == []
 
 
 def test_parameters_of_a_run(tmp_path):

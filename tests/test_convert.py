@@ -18,8 +18,10 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 import configs
+from bm_jax.checkpoint import CheckpointError
 from bm_jax.config import ConfigError
 from bm_jax.language_model import LanguageModel
+from bm_jax.tensor_file import Kind
 from convert import compare, export_checkpoint, import_checkpoint
 from convert.__main__ import main
 from convert.archives import Archive, ArchiveError, open_archive, write_archive
@@ -84,7 +86,8 @@ def write(folder, format, fields, tensors, pickled=None):
     pickled = kind.pickled if pickled is None else pickled
     if pickled:
         pytest.importorskip("torch", reason="pickled files need torch: pip install 'blackmamba-jax[parity]'")
-    write_archive(folder, tensors, pickled, kind.wrapper)
+    kinds = {name: Kind(tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+    write_archive(folder, kinds, tensors.values(), pickled, kind.wrapper)
     (folder / "config.json").write_text(json.dumps(fields), encoding="utf-8")
     (folder / "tokenizer.json").write_text('{"type": "byte"}', encoding="utf-8")
     return folder
@@ -101,7 +104,9 @@ def test_tables_cover_every_leaf_and_tensor_once(case):
         covered[entry.leaf][entry.at] += 1
         part = covered[entry.leaf][entry.at]
         assert math.prod(entry.shape) == part.size
-        assert entry.to_theirs(part).shape == entry.shape
+        tensor = np.zeros(entry.shape)
+        assert entry.as_ours(tensor).shape == part.shape
+        assert np.shares_memory(entry.as_ours(tensor), tensor)  # what is written into one is in the other
     for path, count in covered.items():
         assert (count == 1).all(), path
     assert max(collections.Counter(entry.name for entry in found).values()) == 1
@@ -353,8 +358,8 @@ NORM = "model.layers.0.input_layernorm.weight"
         (lambda t: _without(t, NORM), f"lacks 1 of .* first {NORM}"),
         (lambda t: t | {"model.surprise": np.zeros(3, np.float32)}, r"first model.surprise \(3,\)"),
         (lambda t: t | {NORM: np.zeros(M + 1, np.float32)}, rf"{NORM} is \(33,\), config.json asks for \(32,\)"),
-        (lambda t: t | {NORM: np.zeros(M, np.int32)}, f"{NORM} is I32; float32, float16 and bfloat16"),
-        (lambda t: t | {NORM: np.zeros(M, np.float64)}, f"{NORM} is F64"),
+        (lambda t: t | {NORM: np.zeros(M, np.int32)}, f"{NORM} is int32; float32, float16 and bfloat16"),
+        (lambda t: t | {NORM: np.zeros(M, np.float64)}, f"{NORM} is float64"),
     ],
 )
 def test_tensors_that_do_not_fit_are_refused(change, message, tmp_path):
@@ -445,6 +450,48 @@ def test_any_damage_to_a_header_is_refused_or_harmless(data, tmp_path):
     assert "damaged.safetensors" in message
 
 
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_damage_to_an_index_is_refused_or_harmless(data, tmp_path):
+    """An index whose text or entries are changed is refused by name, or gives every tensor as it is."""
+    tensors = {name: np.full(3, i, np.float32) for i, name in enumerate("abc")}
+    placed = {"a": "one.safetensors", "b": "one.safetensors", "c": "two.safetensors"}
+    for file in set(placed.values()):
+        save_file({name: tensors[name] for name in placed if placed[name] == file}, tmp_path / file)
+    index = tmp_path / "model.safetensors.index.json"
+    names = st.sampled_from([*placed, *placed.values(), "", "..", "/", "../one.safetensors", "weight_map", "d", "\udcff", "\0"])
+    values = st.one_of(names, st.none(), st.integers(), st.lists(names, max_size=2))
+    weight_map = placed | data.draw(st.dictionaries(names, values, max_size=3))
+    for name in data.draw(st.sets(st.sampled_from("abc"), max_size=1)):
+        weight_map.pop(name)
+    text = bytearray(json.dumps({"metadata": {}, "weight_map": weight_map}).encode())
+    for _ in range(data.draw(st.integers(0, 2))):
+        text[data.draw(st.integers(0, len(text) - 1))] = data.draw(st.integers(0, 255))
+    index.write_bytes(text)
+    message = str(tmp_path)
+    try:
+        archive = open_archive(tmp_path)
+    except ArchiveError as error:
+        message = str(error)
+    else:
+        # Of a file that is not named nothing is known; importing then finds that tensors are missing.
+        assert {name: archive.read(name)[0] for name in archive}.items() <= {"a": 0, "b": 1, "c": 2}.items()
+    assert str(tmp_path) in message
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+def test_a_full_disk_leaves_nothing(pickled, small_disk, tmp_path):
+    """Model and checkpoint have 10 MB and more, the disk has 8."""
+    format, fields = ("mamba", MAMBA | {"d_model": 600}) if pickled else ("hf-mamba", HF_MAMBA | {"hidden_size": 600})
+    source = write(tmp_path / "source", format, fields, make_tensors(format, "plain", fields))
+    with pytest.raises((ArchiveError, CheckpointError), match=r"[Nn]o space left on device"):
+        import_checkpoint(source, small_disk / "model")
+    import_checkpoint(source, tmp_path / "model")
+    with pytest.raises(ArchiveError, match=r"[Nn]o space left on device.*nothing is left of it"):
+        export_checkpoint(tmp_path / "model", small_disk / "back", format)
+    assert list(small_disk.iterdir()) == []
+
+
 def test_what_is_there_is_not_overwritten(tmp_path):
     format, layout, fields = CASES["hf-mamba"]
     source = write(tmp_path / "source", format, fields, make_tensors(format, layout, fields))
@@ -482,12 +529,16 @@ def test_a_tied_copy_must_be_the_embedding(tmp_path):
 def test_the_command(tmp_path, capsys):
     format, layout, fields = CASES["hf-jamba"]
     source = write(tmp_path / "source", format, fields, make_tensors(format, layout, fields))
+    (source / "tokenizer_config.json").write_text("{ }")
     assert main(["import", str(source), str(tmp_path / "model"), "--dtype", "float32"]) == 0
     out = capsys.readouterr().out
     assert "Hugging Face Jamba (experts apart)" in out
     assert main(["export", str(tmp_path / "model"), str(tmp_path / "back"), "--format", "hf-jamba"]) == 0
     assert main(["verify", str(source), str(tmp_path / "back")]) == 0
     assert "tensors are identical" in capsys.readouterr().out
+    assert (tmp_path / "back/tokenizer_config.json").read_text() == "{ }"
+    assert main(["import", str(source), str(tmp_path / "again")]) == 0
+    assert main(["verify", str(tmp_path / "model"), str(tmp_path / "again")]) == 0
     assert main(["export", str(tmp_path / "model"), str(tmp_path / "half"), "--format", "hf-jamba", "--dtype", "float16"]) == 0
     assert main(["verify", str(source), str(tmp_path / "half")]) == 1
     assert "differs by up to" in capsys.readouterr().out
