@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -63,27 +65,34 @@ def write_parameters(directory: str | os.PathLike[str], leaves: Mapping[str, Kin
         remove_folder(partial)
 
 
-def open_parameters(directory: str | os.PathLike[str]) -> TensorFile:
-    """The file of a folder that `save_parameters` wrote, all of it verified.
+@contextlib.contextmanager
+def open_parameters(directory: str | os.PathLike[str]) -> Iterator[TensorFile]:
+    """The file of a folder that `save_parameters` wrote. All of it is verified meanwhile: use what was read after the block.
 
     Raises:
-        CheckpointError: there is none, or it is damaged.
+        CheckpointError: there is none, or it is damaged; at the end of the block, or in place of what the damage led to.
     """
     folder = Path(directory).absolute()
-    problem = problem_with(folder) if folder.is_dir() else "there is no such folder"
-    if problem:
-        raise CheckpointError(f"cannot read the parameters in {folder}: {problem}.")
-    try:
-        return TensorFile(folder / FILE)
-    except TensorFileError as error:
-        raise CheckpointError(f"cannot read the parameters in {folder}: {error}") from None
+    if not folder.is_dir():
+        raise CheckpointError(f"cannot read the parameters in {folder}: there is no such folder.")
+    problem: object = None
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        verifying = pool.submit(problem_with, folder)
+        try:
+            yield TensorFile(folder / FILE)
+        except TensorFileError as error:
+            problem = error
+        finally:
+            problem = verifying.result() or problem
+            if problem:
+                raise CheckpointError(f"cannot read the parameters in {folder}: {problem}.")
 
 
 def _read(file: TensorFile, path: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
     """A leaf; each distinct shard is read once and put on its devices."""
     assert leaf.sharding is not None
     indices = leaf.sharding.addressable_devices_indices_map(leaf.shape)
-    owners: dict[tuple[Any, ...], list[jax.Device]] = {}
+    owners: dict[tuple[Any, ...], list[Any]] = {}
     for device, index in indices.items():
         bounds = tuple(part.indices(size)[:2] for part, size in zip(index or (), leaf.shape, strict=True))
         owners.setdefault(bounds, []).append(device)
@@ -103,10 +112,9 @@ def load_parameters(directory: str | os.PathLike[str], abstract: Any = None) -> 
     Raises:
         CheckpointError: there are none, they are damaged, or they differ from `abstract` in path, shape or dtype.
     """
-    file = open_parameters(directory)
-    saved = {path: jax.ShapeDtypeStruct(kind.shape, kind.dtype) for path, kind in file.tensors.items()}
-    wanted = saved if abstract is None else leaves_of(abstract)
-    require_same(Path(directory), describe(saved), describe(wanted))
-
-    found = {path: _read(file, path, placed(leaf)) for path, leaf in wanted.items()}
+    with open_parameters(directory) as file:
+        saved = {path: jax.ShapeDtypeStruct(kind.shape, kind.dtype) for path, kind in file.tensors.items()}
+        wanted = saved if abstract is None else leaves_of(abstract)
+        require_same(Path(directory), describe(saved), describe(wanted))
+        found = {path: _read(file, path, placed(leaf)) for path, leaf in wanted.items()}
     return nest(found) if abstract is None else jax.tree.unflatten(jax.tree.structure(abstract), list(found.values()))

@@ -6,6 +6,7 @@ Neither side holds the file or maps it into memory: a part of a tensor costs the
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 import hashlib
 import json
 import math
@@ -135,7 +136,7 @@ class TensorFile:
 
     def _read_into(self, out: np.ndarray, name: str, start: int) -> None:
         """The elements from `start` on, as many as there are in `out`, which is contiguous."""
-        left, at = memoryview(out.reshape(-1).view(np.uint8)), self._starts[name] + start * out.itemsize
+        left, at = out.reshape(-1).view(np.uint8).data, self._starts[name] + start * out.itemsize
         while left:
             try:
                 count = os.preadv(self._descriptor, [left[: 2**30]], at)
@@ -177,20 +178,24 @@ def write_tensor_file(
     text += b" " * (-len(text) % 8)
     digest, written = hashlib.sha256(), 0
 
-    with open(path, "wb", buffering=0) as file, concurrent.futures.ThreadPoolExecutor(1) as pool:
+    one = functools.partial(concurrent.futures.ThreadPoolExecutor, 1)
+    with open(path, "wb", buffering=0) as file, one() as hasher, one() as writer:
 
-        def write(data: memoryview | bytes) -> None:
-            digest.update(data)
-            left = memoryview(data)
+        def write(left: memoryview) -> None:
             while left:
                 left = left[file.write(left[: 2**30]) :]
 
-        pending = pool.submit(write, len(text).to_bytes(8, "little") + text)
+        def submit(data: memoryview) -> list[concurrent.futures.Future[None]]:
+            return [hasher.submit(digest.update, data), writer.submit(write, data)]
+
+        pending = submit(memoryview(len(text).to_bytes(8, "little") + text))
         for block in blocks:
-            pending.result()
-            data = memoryview(np.ascontiguousarray(block).reshape(-1).view(np.uint8))
-            pending, written = pool.submit(write, data), written + len(data)
-        pending.result()
+            for future in pending:
+                future.result()
+            data = np.ascontiguousarray(block).reshape(-1).view(np.uint8).data
+            pending, written = submit(data), written + len(data)
+        for future in pending:
+            future.result()
         if written != end:
             raise ValueError(f"{path}: the blocks have {written} bytes, the tensors {end}")
         os.fsync(file.fileno())

@@ -41,7 +41,7 @@ class File(Protocol):
     """One file of tensors."""
 
     path: Path
-    tensors: Mapping[str, Kind]
+    tensors: dict[str, Kind]
     """Every tensor's type and shape."""
 
     def flat(self, name: str, start: int, stop: int, memory: Memory | None = None) -> np.ndarray:

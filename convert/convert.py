@@ -39,6 +39,8 @@ TIED = "lm_head.weight"
 """Of tied models some checkpoints hold the unembedding too, a copy of the embedding."""
 COMPARED = 2**24
 """Numbers compared at a time."""
+Reader = Callable[[str, tuple, Memory], np.ndarray]
+"""Gives the part of a leaf that an index takes, perhaps in the memory given."""
 NEOX = "EleutherAI/gpt-neox-20b"
 
 
@@ -177,33 +179,34 @@ def export_checkpoint(
     if types:  # in the order they came in
         by_name = {name: by_name[name] for name in types}
     tensors = {name: Kind(type_of(name), entry.shape) for name, entry in by_name.items()}
-    read = _reader(source, config)
 
-    def arrays() -> Iterator[np.ndarray]:
+    def arrays(read: Reader) -> Iterator[np.ndarray]:
         there, blocks = Memory(), itertools.cycle((Memory(), Memory()))  # one is written while the next is made
         for name, entry in tqdm(by_name.items(), desc="tensors", disable=not progress):
             array = next(blocks).take(type_of(name), entry.shape)
             entry.as_ours(array)[...] = read(entry.leaf, entry.at, there)
             yield array
 
-    with _whole(destination) as partial:
-        write_archive(partial, tensors, arrays(), kind.pickled, kind.wrapper)
+    with _whole(destination) as partial, _opened(source, config) as read:
+        write_archive(partial, tensors, arrays(read), kind.pickled, kind.wrapper)
         _write_json(partial / "config.json", fields)
         tokenizer.save(partial)
         _bring_companions(source, partial)
     return _summary(kind, layout, wanted, config)
 
 
-def _reader(source: Path, config: ModelConfig) -> Callable[[str, tuple, Memory], np.ndarray]:
-    """What gives parts of the leaves of a model directory, or of a run's newest checkpoint, which is loaded whole."""
+@contextmanager
+def _opened(source: Path, config: ModelConfig) -> Iterator[Reader]:
+    """A model directory, verified meanwhile, or the newest checkpoint of a run, which is loaded whole."""
     folder = parameters_of(source)
     if folder is None:
         leaves = {path: np.asarray(leaf) for path, leaf in leaves_of(read_parameters(source)).items()}
         check_shapes(config, {path: leaf.shape for path, leaf in leaves.items()})
-        return lambda path, index, memory: leaves[path][index]
-    file = open_parameters(folder)
-    check_shapes(config, {path: kind.shape for path, kind in file.tensors.items()})
-    return file.read
+        yield lambda path, index, memory: leaves[path][index]
+    else:
+        with open_parameters(folder) as file:
+            check_shapes(config, {path: kind.shape for path, kind in file.tensors.items()})
+            yield file.read
 
 
 class Difference(NamedTuple):
