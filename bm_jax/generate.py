@@ -33,6 +33,16 @@ class Arguments:
     """Draw from this many most likely tokens only."""
     top_p: float | None = None
     """Draw from the fewest most likely tokens that have this probability together."""
+    min_p: float = 0.0
+    """Draw from tokens at least this many times as likely as the most likely one."""
+    repetition_penalty: float = 1.0
+    """Make ids of the prompt and the completion less likely; 1 for none."""
+    presence_penalty: float = 0.0
+    """Make ids of the completion less likely."""
+    frequency_penalty: float = 0.0
+    """Make ids of the completion less likely, once for each time."""
+    n: int = 1
+    """Completions of each prompt."""
     seed: int = 0
     """The same seed gives the same text."""
     stop: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="TEXT")] = ()
@@ -70,7 +80,8 @@ def _complete(request: Arguments) -> None:
         if field.name not in ("directory", "prompt")
     }
     model = LanguageModel.load(request.directory)
-    if len(request.prompt) == 1:
+    if len(request.prompt) * request.n == 1:
+        del options["n"]
         pieces = model.stream(request.prompt[0], **options)
         print(request.prompt[0], end="", flush=True)
         for piece in pieces:
@@ -78,7 +89,8 @@ def _complete(request: Arguments) -> None:
         print(flush=True)
         return
     completions = model.generate(request.prompt, **options)
-    for number, (prompt, completion) in enumerate(zip(request.prompt, completions, strict=True), 1):
+    prompts = [prompt for prompt in request.prompt for _ in range(request.n)]
+    for number, (prompt, completion) in enumerate(zip(prompts, completions, strict=True), 1):
         print(f"--- {number} of {len(completions)} ---\n{prompt}{completion.text}\n", flush=True)
 
 

@@ -1,8 +1,8 @@
 """A trained model that reads and writes text: load, save, logits, generate, stream.
 
-There is one decode path. Prompts are padded on the left to a shape bucket and read into the cache (`sampling.prefill`);
-then the device draws tokens in chunks (`sampling.decode`), and the host turns each chunk into text, looking for stop
-strings. `generate` collects what `stream` hands out.
+There is one decode path. Prompts are padded on the left to a shape bucket and read into the cache (`decoding.prefill`),
+equal ones once; then the device draws tokens in chunks (`decoding.decode`), and the host turns each chunk into text,
+looking for stop strings. `generate` collects what `stream` hands out.
 
 Shapes come in buckets so that few programs are compiled: batches and prompts are padded to powers of two, prompts of
 more than `PIECE` tokens are read in pieces of that many, and the room that attention needs for keys is a power of two.
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,13 +30,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bm_jax import sampling
+from bm_jax import decoding
 from bm_jax.config import Config, ConfigError, ModelConfig, from_dict, to_dict
 from bm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from bm_jax.model import Parameters, forward, init_parameters, unroll, unrolled
 from bm_jax.model import logits as unembed
 from bm_jax.parameter_folder import load_parameters, save_parameters
-from bm_jax.sampling import SamplingConfig
+from bm_jax.sampling import Logprobs, SamplingConfig
 from bm_jax.sharding import parameter_shardings, path_name, with_shardings
 
 FORMAT, VERSION = "blackmamba-jax model", 2
@@ -61,7 +62,18 @@ class Completion:
     tokens: tuple[int, ...]
     """Ids drawn, without the end-of-document id; with finish_reason "stop", up to the one that completed the string."""
     finish_reason: Literal["stop", "length", "end"]
-    """A stop string, `max_tokens`, or the end-of-document id."""
+    """A stop string or token, `max_tokens`, or the end-of-document id."""
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    """Of each of `tokens`, where they were asked for."""
+
+
+class TokenLogprob(NamedTuple):
+    """What the model said of one token drawn, before bias, penalties and temperature."""
+
+    logprob: float
+    """Natural logarithm of its probability."""
+    top: tuple[tuple[int, float], ...]
+    """The most likely ids with theirs, best first."""
 
 
 class Piece(NamedTuple):
@@ -125,12 +137,22 @@ class Writer:
         self._held = ""
         self._written: list[str] = []
         self._tokens: list[int] = []
+        self._logprobs: list[TokenLogprob] = []
         self.completion: Completion | None = None
 
-    def push(self, ids: Sequence[int]) -> str:
-        """Take ids drawn (at most what is left of `max_tokens`); returns the text that is certain now."""
+    def push(self, ids: Sequence[int], logprobs: Logprobs | None = None) -> str:
+        """Take ids drawn (at most what is left of `max_tokens`) and the model's word on each, if asked for.
+
+        Returns the text that is certain now.
+        """
         ids = list(ids)
-        ended = bool(ids) and ids[-1] == self._end
+        if logprobs is not None and self._config.logprobs is not None:
+            for i in range(len(ids)):
+                top = zip(logprobs.top_ids[i].tolist(), logprobs.top[i].tolist(), strict=True)
+                likely = tuple(pair for pair in top if pair[1] > -math.inf)[: self._config.logprobs]
+                self._logprobs.append(TokenLogprob(float(logprobs.chosen[i]), likely))
+        ended = ids[-1] in (self._end, *self._config.stop_tokens) if ids else False
+        reason: Literal["end", "stop"] = "end" if ended and ids[-1] == self._end else "stop"
         if ended:
             ids.pop()
         # With stop strings one at a time, to know which id completed one.
@@ -141,7 +163,7 @@ class Writer:
         if not ended and len(self._tokens) < self._config.max_tokens:
             return self._release(None)
         stopped = self._take(self._detokenizer.flush())
-        return self._release("stop" if stopped else "end" if ended else "length")
+        return self._release("stop" if stopped else reason if ended else "length")
 
     def _take(self, text: str) -> bool:
         """Append text to what is held; when that completes a stop string, cut there and say so."""
@@ -161,7 +183,8 @@ class Writer:
         text, self._held = self._held[:cut], self._held[cut:]
         self._written.append(text)
         if reason is not None:
-            self.completion = Completion("".join(self._written), tuple(self._tokens), reason)
+            said = None if self._config.logprobs is None else tuple(self._logprobs[: len(self._tokens)])
+            self.completion = Completion("".join(self._written), tuple(self._tokens), reason, said)
         return text
 
 
@@ -275,24 +298,20 @@ class LanguageModel:
         self,
         prompts: str | Sequence[Prompt],
         *,
-        max_tokens: int = 256,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
+        n: int = 1,
         seed: int | Sequence[int] = 0,
         stop: str | Sequence[str] = (),
+        **options: Any,
     ) -> list[Completion]:
-        """Complete prompts, several at once; always a list, one completion a prompt in their order.
+        """Complete prompts, several at once; always a list, `n` completions a prompt in the prompts' order.
 
         Args:
             prompts: a text, or a list of prompts of any lengths, each a text or a list of ids.
-            max_tokens: most tokens drawn for each.
-            temperature: 0 takes the most likely token every time.
-            top_k: draw from this many most likely tokens only.
-            top_p: draw from the fewest most likely tokens that have this probability together.
+            n: completions of each prompt, which is read once; the later ones draw with the seeds that follow `seed`.
             seed: of the draws; a prompt gets the same text for the same seed, alone or among others. Give one a prompt
                 for different texts after equal prompts.
             stop: a completion ends before the first of these strings to appear.
+            options: other fields of `bm_jax.sampling.SamplingConfig`, such as max_tokens, temperature, top_k, top_p.
 
         Raises:
             ValueError: a prompt that is empty, too long, not text or with ids out of range.
@@ -302,32 +321,25 @@ class LanguageModel:
         seeds = [seed] * len(prompts) if isinstance(seed, int | np.integer) else list(seed)
         if len(seeds) != len(prompts):
             raise ConfigError(f"seed must be one integer or one a prompt: got {len(seeds)} for {len(prompts)} prompts")
+        if not isinstance(n, int) or n < 1:
+            raise ConfigError(f"n must be a positive integer, got {n!r}")
         stop = (stop,) if isinstance(stop, str) else tuple(stop)
-        configs = [SamplingConfig(max_tokens, temperature, top_k, top_p, s, stop) for s in seeds]
+        configs = [SamplingConfig(seed=s, stop=stop, **options) for s in seeds]
+        configs = [dataclasses.replace(c, seed=(int(c.seed) + i) % 2**32) for c in configs for i in range(n)]
         completions: dict[int, Completion] = {}
-        for piece in self._stream(prompts, configs):
+        for piece in self._stream([prompt for prompt in prompts for _ in range(n)], configs):
             if piece.completion is not None:
                 completions[piece.row] = piece.completion
-        return [completions[row] for row in range(len(prompts))]
+        return [completions[row] for row in range(len(configs))]
 
-    def stream(
-        self,
-        prompt: Prompt,
-        *,
-        max_tokens: int = 256,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        seed: int = 0,
-        stop: str | Sequence[str] = (),
-    ) -> Iterator[str]:
+    def stream(self, prompt: Prompt, *, stop: str | Sequence[str] = (), **options: Any) -> Iterator[str]:
         """Complete one prompt, yielding text as it comes; joined, it is the text that `generate` gives.
 
         A piece never ends within a character or a stop string. Arguments and errors are those of `generate`; errors
         are raised here, before the first piece is asked for.
         """
         stop = (stop,) if isinstance(stop, str) else tuple(stop)
-        pieces = self._stream([prompt], [SamplingConfig(max_tokens, temperature, top_k, top_p, seed, stop)])
+        pieces = self._stream([prompt], [SamplingConfig(stop=stop, **options)])
         return (piece.text for piece in pieces if piece.text)
 
     def _stream(self, prompts: Sequence[Prompt], configs: Sequence[SamplingConfig]) -> Iterator[Piece]:
@@ -357,6 +369,7 @@ class LanguageModel:
         if not ids:
             raise ValueError(f"{where} is empty: a prompt needs at least one token, for example a line break")
         _check_ids(np.asarray(ids), self.tokenizer.vocab_size, where)
+        _check_ids(np.asarray(list(config.logit_bias), int), self.tokenizer.vocab_size, "logit_bias")
         self._check_length(len(ids), where)
         if "attention" in self.config.kinds and len(ids) + config.max_tokens > self.max_prompt_tokens:
             raise ValueError(
@@ -376,46 +389,54 @@ class LanguageModel:
     def _decode(self, prompts: list[list[int]], configs: list[SamplingConfig]) -> Iterator[Piece]:
         """The decode path: read one batch of prompts, draw tokens chunk by chunk, hand out text as it is certain."""
         config, (parameters, head) = unrolled(self.config), self._inference
-        tokenizer = self.tokenizer
-        rows = sampling.make_rows(
-            configs, _bucket(len(prompts)), end=tokenizer.end_of_document, vocab_size=tokenizer.vocab_size
-        )
+        tokenizer, B = self.tokenizer, _bucket(len(prompts))
+        rows = decoding.make_rows(configs, B, end=tokenizer.end_of_document, vocab_size=tokenizer.vocab_size)
+        seen = decoding.seen_before(configs, prompts, B, config.vocab_size)
         hidden, cache = self._read(parameters, prompts, max(c.max_tokens for c in configs))
-        index = np.zeros(len(rows.seed), np.int32)
-        token = np.asarray(sampling.choose(head, hidden, rows, index, config))
+        index = np.zeros(B, np.int32)
+        token, seen, logprobs = decoding.choose(head, hidden, rows, index, seen, config)
+        drawn, logprobs = np.asarray(token)[:, None], jax.tree.map(lambda leaf: leaf[:, None], logprobs)
         writers = [Writer(tokenizer, prompt, c) for prompt, c in zip(prompts, configs, strict=True)]
-        drawn = token[:, None]
         while True:
+            logprobs = jax.device_get(logprobs)
             for row, writer in enumerate(writers):
                 if writer.completion is None:
-                    text = writer.push(drawn[row, drawn[row] >= 0].tolist())
+                    certain = drawn[row] >= 0
+                    said = None if logprobs is None else jax.tree.map(lambda leaf, row=row: leaf[row], logprobs)
+                    text = writer.push(drawn[row, certain].tolist(), said)
                     yield Piece(row, text, writer.completion)
-            alive = np.zeros(len(index), bool)
+            alive = np.zeros(B, bool)
             alive[: len(writers)] = [writer.completion is None for writer in writers]
             if not alive.any():
                 return
-            token, index = np.where(alive, drawn[:, -1], 0), index + np.int32(drawn.shape[1])
-            drawn, cache = sampling.decode(parameters, head, cache, rows, token, index, alive, config)
+            last, index = np.where(alive, drawn[:, -1], 0), index + np.int32(drawn.shape[1])
+            drawn, logprobs, cache, seen = decoding.decode(parameters, head, cache, seen, rows, last, index, alive, config)
             drawn = np.asarray(drawn)
 
     def _read(self, parameters: Parameters, prompts: list[list[int]], max_tokens: int) -> tuple[jax.Array, Any]:
         """Prompts, padded on the left, into a new cache; the hidden values of their last tokens `[B, 1, M]`."""
-        longest = max(map(len, prompts))
+        distinct = list(dict.fromkeys(map(tuple, prompts)))
+        longest = max(map(len, distinct))
         length = _bucket(longest, SHORTEST_BUCKET) if longest <= PIECE else -(-longest // PIECE) * PIECE
-        tokens = np.zeros((_bucket(len(prompts)), length), np.int32)
+        tokens = np.zeros((_bucket(len(distinct)), length), np.int32)
         segment_ids = np.zeros_like(tokens)
-        for row, prompt in enumerate(prompts):
+        for row, prompt in enumerate(distinct):
             tokens[row, length - len(prompt) :] = prompt
             segment_ids[row, length - len(prompt) :] = 1
         room = _bucket(length + max_tokens) if "attention" in self.config.kinds else 0
         config = unrolled(self.config)
-        cache = sampling.empty_cache(config, len(tokens), room)
+        cache = decoding.empty_cache(config, len(tokens), room)
         hidden = None
         for start in range(0, length, PIECE):
             piece = slice(start, start + PIECE)
-            hidden, cache = sampling.prefill(parameters, tokens[:, piece], segment_ids[:, piece], cache, config)
+            hidden, cache = decoding.prefill(parameters, tokens[:, piece], segment_ids[:, piece], cache, config)
         assert hidden is not None
-        return hidden, cache
+        if len(distinct) == len(prompts):
+            return hidden, cache
+        places = {prompt: row for row, prompt in enumerate(distinct)}
+        rows = np.zeros(_bucket(len(prompts)), np.int32)
+        rows[: len(prompts)] = [places[tuple(prompt)] for prompt in prompts]
+        return hidden[rows], decoding.fork(cache, rows)
 
 
 def inference_parameters(parameters: Parameters, config: ModelConfig) -> tuple[Parameters, Parameters]:

@@ -159,30 +159,30 @@ def trace_train(config: Config, mesh: Any) -> tuple[Any, tuple[Any, ...], dict[s
 
 def trace_prefill(config: Config, mesh: Any) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     """Reading a piece of `data.sequence_length` tokens of each of `data.batch_size` prompts into an empty cache."""
-    from bm_jax import sampling
+    from bm_jax.decoding import prefill
     from bm_jax.model import unrolled
 
     parameters, head, cache, row = _inference(config, mesh)
     tokens = row((config.data.batch_size, config.data.sequence_length), "int32")
     kinds = {"parameters": parameters, "cache": cache}
     del head  # prefill stops before the unembedding
-    return sampling.prefill, (parameters, tokens, tokens, cache, unrolled(config.model)), kinds
+    return prefill, (parameters, tokens, tokens, cache, unrolled(config.model)), kinds
 
 
 def trace_decode(config: Config, mesh: Any) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-    """Drawing `bm_jax.sampling.CHUNK` tokens after each of `data.batch_size` prompts."""
-    from bm_jax import sampling
+    """Drawing `bm_jax.decoding.CHUNK` tokens after each of `data.batch_size` prompts."""
+    import jax
+
+    from bm_jax.decoding import decode, make_rows
     from bm_jax.model import unrolled
 
     parameters, head, cache, row = _inference(config, mesh)
     size = (config.data.batch_size,)
-    rows = sampling.Rows(
-        seed=row(size, "uint32"), temperature=row(size, "float32"), top_k=row(size, "int32"), top_p=row(size, "float32"),
-        max_tokens=row(size, "int32"), end=row((), "int32"), vocab_size=row((), "int32"),
-    )  # fmt: skip
+    plain = make_rows([], config.data.batch_size, end=0, vocab_size=config.model.vocab_size)
+    rows = jax.tree.map(lambda leaf: row(leaf.shape, leaf.dtype), plain)
     kinds = {"parameters": (parameters, head), "cache": cache}
     number, alive = row(size, "int32"), row(size, "bool")
-    return sampling.decode, (parameters, head, cache, rows, number, number, alive, unrolled(config.model)), kinds
+    return decode, (parameters, head, cache, None, rows, number, number, alive, unrolled(config.model)), kinds
 
 
 def _inference(config: Config, mesh: Any) -> tuple[Any, Any, Any, Any]:

@@ -17,13 +17,13 @@ from jax.sharding import AbstractMesh, AxisType
 
 from bm_jax.cache import init_cache
 from bm_jax.config import GATED_ACTIVATIONS, Config, ConfigError, MeshConfig, ModelConfig
+from bm_jax.decoding import CHUNK
 from bm_jax.expert_parallel import SLACK
 from bm_jax.hlo import Movement, Traffic
 from bm_jax.language_model import COMPUTE_KERNELS
 from bm_jax.metrics import model_flops_per_token
 from bm_jax.model import init_parameters
 from bm_jax.plan_report import Program
-from bm_jax.sampling import CHUNK
 from bm_jax.sharding import AXES, BATCH_AXES, parameter_shardings
 from bm_jax.topologies import Topology
 

@@ -108,7 +108,7 @@ def _prediction(found: Program, config: Config, chip: Chip) -> str:
 
 def tokens(program: str, config: Config) -> int:
     """Tokens of one run of a program, on all devices."""
-    from bm_jax.sampling import CHUNK
+    from bm_jax.decoding import CHUNK
 
     return config.data.batch_size * (CHUNK if program == "decode" else config.data.sequence_length)
 

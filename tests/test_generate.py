@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
@@ -22,7 +23,7 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bm_jax import generate, language_model, sampling
+from bm_jax import decoding, generate, language_model
 from bm_jax.checkpoint import CheckpointError, Checkpoints
 from bm_jax.config import (
     AttentionConfig,
@@ -157,7 +158,7 @@ def story() -> tuple[LanguageModel, str]:
         if not seen & set(character.encode()):
             seen |= set(character.encode())
             text += character
-    assert len(text.encode()) > 2 * sampling.CHUNK
+    assert len(text.encode()) > 2 * decoding.CHUNK
     assert "é€😀" in text
     return table_model(text), text
 
@@ -237,14 +238,115 @@ def test_padding_ids_are_never_drawn():
 def test_the_device_stops_when_every_row_has_ended(story):
     model, text = story
     chain = [*text.encode(), 256]
-    rows = sampling.make_rows([SamplingConfig(max_tokens=4), SamplingConfig()], 2, end=256, vocab_size=257)
+    rows = decoding.make_rows([SamplingConfig(max_tokens=4), SamplingConfig()], 2, end=256, vocab_size=257)
     token = np.array([chain[0], chain[-4]])
     index, alive = np.array([1, 1]), np.array([True, True])
-    cache = sampling.empty_cache(TABLE, 2, 0)
-    drawn, cache = sampling.decode(*model._inference, cache, rows, token, index, alive, TABLE)
+    cache = decoding.empty_cache(TABLE, 2, 0)
+    drawn, _, cache, _ = decoding.decode(*model._inference, cache, None, rows, token, index, alive, TABLE)
     assert np.asarray(drawn)[:, :4].tolist() == [[*chain[1:4], -1], [*chain[-3:], -1]]
     assert (np.asarray(drawn)[:, 3:] == -1).all()
     assert int(cache.length) == 3
+
+
+# --- what may be asked of a completion -------------------------------------------------------------------------------
+
+
+def stated_greedy(model, prompt, count, *, repetition=1.0, presence=0.0, frequency=0.0, bias=None):
+    """Greedy ids by the full forward, each step's logits changed as documented."""
+    ids, drawn = BYTE.encode(prompt), []
+    while len(drawn) < count:
+        logits = expected_logits(model, [ids + drawn])[0, len(ids) + len(drawn) - 1, : BYTE.vocab_size].astype(np.float64)
+        for i, value in (bias or {}).items():
+            logits[i] += value
+        for i in set(ids + drawn):
+            logits[i] *= 1 / repetition if logits[i] > 0 else repetition
+        for i in set(drawn):
+            logits[i] -= presence + frequency * drawn.count(i)
+        drawn.append(int(logits.argmax()))
+        if drawn[-1] == BYTE.end_of_document:
+            return tuple(drawn[:-1])
+    return tuple(drawn)
+
+
+def test_penalties_and_bias_are_those_of_the_statement(family):
+    asked = [
+        {"repetition": 1.8},
+        {"presence": 1.5, "frequency": -0.4},
+        {"frequency": 0.9, "bias": {97: 1.0, 104: -1.0}},
+        {"bias": {101: 60.0}},
+    ]
+    names = {"repetition": "repetition_penalty", "presence": "presence_penalty", "frequency": "frequency_penalty"}
+    plain = family.generate("the hat", max_tokens=20, temperature=0)[0].tokens
+    for options in asked:
+        given = {names.get(name, "logit_bias"): value for name, value in options.items()}
+        (completion,) = family.generate("the hat", max_tokens=20, temperature=0, **given)
+        assert completion.tokens == stated_greedy(family, "the hat", 20, **options)
+        assert completion.tokens != plain
+    assert set(family.generate("x", max_tokens=9, logit_bias={101: 99.0})[0].tokens) == {101}
+    with pytest.raises(ValueError, match="logit_bias contains token id 257, outside the range 0 to 256"):
+        family.generate("x", logit_bias={257: 1.0})
+    banned = dict.fromkeys(range(200), -math.inf)
+    (completion,) = family.generate("x", max_tokens=40, logit_bias=banned, temperature=2.0)
+    assert min(completion.tokens) >= 200
+
+
+def test_what_one_row_asks_changes_no_other(model):
+    """Rows that ask for penalties, bias and log-probabilities run in another program: the others draw the same in it."""
+    alone = [model.generate(["one", "two"][i], max_tokens=18, seed=i) for i in range(2)]
+    config = [SamplingConfig(18, seed=0), SamplingConfig(18, seed=1), SamplingConfig(18, repetition_penalty=1.5, logprobs=3)]
+    pieces = model._stream(["one", "two", "three"], config)
+    together = {piece.row: piece.completion for piece in pieces if piece.completion}
+    assert [together[0]] == alone[0]
+    assert [together[1]] == alone[1]
+    assert together[2].logprobs is not None
+
+
+def test_log_probabilities_of_what_was_drawn(family):
+    prompts = ["a", "the hat"]
+    options = {"max_tokens": 20, "temperature": 1.3, "frequency_penalty": 0.5, "logprobs": 4}
+    for prompt, completion in zip(prompts, family.generate(prompts, **options), strict=True):
+        ids = BYTE.encode(prompt)
+        logits = expected_logits(family, [[*ids, *completion.tokens]])[0, len(ids) - 1 :, : BYTE.vocab_size].astype(np.float64)
+        expected = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        assert len(completion.logprobs) == len(completion.tokens)
+        for i, (token, said) in enumerate(zip(completion.tokens, completion.logprobs, strict=True)):
+            np.testing.assert_allclose(said.logprob, expected[i, token], atol=1e-3)
+            best = np.argsort(-expected[i])[:4]
+            assert [j for j, _ in said.top] == best.tolist()
+            np.testing.assert_allclose([value for _, value in said.top], expected[i, best], atol=1e-3)
+    (none,) = family.generate("a", max_tokens=3, logprobs=0)
+    assert [said.top for said in none.logprobs] == [()] * len(none.tokens)
+    assert family.generate("a", max_tokens=3)[0].logprobs is None
+
+
+def test_a_stop_token_ends_the_text_before_it(story):
+    model, text = story
+    for cut in (1, 5, 20, 31):
+        stop = text.encode()[cut]
+        (completion,) = model.generate("^", temperature=0, stop_tokens=(0, stop), logprobs=1)
+        assert completion.tokens == tuple(text.encode()[:cut])
+        assert completion.finish_reason == "stop"
+        assert len(completion.logprobs) == cut
+    assert model.generate("^", temperature=0, stop_tokens=(256,))[0].finish_reason == "end"
+
+
+def test_samples_of_one_prompt_are_those_of_the_seeds_that_follow(family):
+    prompts, seeds = ["the hat", "a"], [5, 2**32 - 1]
+    completions = family.generate(prompts, n=3, max_tokens=12, seed=seeds)
+    for i, prompt in enumerate(prompts):
+        for j in range(3):
+            (alone,) = family.generate(prompt, max_tokens=12, seed=(seeds[i] + j) % 2**32)
+            assert completions[3 * i + j] == alone
+    with pytest.raises(ConfigError, match="n must be a positive integer"):
+        family.generate("a", n=0)
+
+
+def test_equal_prompts_are_read_once(model, monkeypatch):
+    rows = []
+    prefill = decoding.prefill
+    monkeypatch.setattr(decoding, "prefill", lambda p, tokens, *rest: rows.append(len(tokens)) or prefill(p, tokens, *rest))
+    model.generate(["same", "other", "same"], n=8, max_tokens=2)
+    assert rows == [2]
 
 
 # --- shapes and compilations -----------------------------------------------------------------------------------------

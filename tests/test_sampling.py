@@ -10,12 +10,23 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from bm_jax.config import ConfigError
-from bm_jax.sampling import SamplingConfig, candidates, make_rows, row_keys, sample
+from bm_jax.decoding import make_rows
+from bm_jax.sampling import (
+    MOST_ALTERNATIVES,
+    SamplingConfig,
+    Seen,
+    add_bias,
+    candidates,
+    log_probabilities,
+    penalize,
+    row_keys,
+    sample,
+)
 
 draw = jax.jit(sample)
 
 
-def distribution(logits, temperature, top_k, top_p, vocab_size=None):
+def distribution(logits, temperature, top_k, top_p, vocab_size=None, min_p=0.0):
     """The statement: probabilities `[V]` that one row is drawn with, token by token in float64."""
     logits = np.asarray(logits, np.float64)
     ids = list(range(len(logits) if vocab_size is None else vocab_size))
@@ -28,7 +39,10 @@ def distribution(logits, temperature, top_k, top_p, vocab_size=None):
     weights /= weights.sum()
     before = np.concatenate([[0.0], np.cumsum(weights)[:-1]])
     kept = before < top_p if top_p < 1 else np.ones(len(ids), bool)
+    kept &= weights >= min_p * weights[0]
     margin = np.min(np.abs(before - top_p)) if top_p < 1 else 1.0  # distance to another choice, for float32
+    if min_p:
+        margin = min(margin, np.min(np.abs(weights / weights[0] - min_p)))
     out = np.zeros(len(logits))
     out[np.array(ids)[kept]] = weights[kept] / weights[kept].sum()
     return out, margin
@@ -39,12 +53,14 @@ def distribution(logits, temperature, top_k, top_p, vocab_size=None):
     logits=st.lists(st.integers(-6, 6).map(lambda i: i / 2), min_size=9, max_size=9),
     top_k=st.integers(-1, 12),
     top_p=st.one_of(st.just(1.0), st.floats(0.01, 1.0)),
+    min_p=st.one_of(st.just(0.0), st.floats(0.01, 0.99)),
 )
-def test_candidates_are_those_of_the_statement(logits, top_k, top_p):
-    expected, margin = distribution(logits, 1.0, max(top_k, 0), top_p)
+def test_candidates_are_those_of_the_statement(logits, top_k, top_p, min_p):
+    expected, margin = distribution(logits, 1.0, max(top_k, 0), top_p, min_p=min_p)
     assume(margin > 1e-5)
     row = jnp.asarray([logits], jnp.float32)
-    found = jax.jit(candidates)(row, jnp.array([top_k]), jnp.array([top_p], jnp.float32))
+    limits = (jnp.array([top_k]), jnp.array([top_p], jnp.float32), jnp.array([min_p], jnp.float32))
+    found = jax.jit(candidates)(row, *limits)
     np.testing.assert_array_equal(np.asarray(found[0]), expected > 0)
 
 
@@ -165,7 +181,18 @@ def test_changing_what_is_asked_compiles_nothing():
 
 
 def test_rows_of_arrays():
-    rows = make_rows([SamplingConfig(max_tokens=5, top_k=3), SamplingConfig(top_p=0.5, seed=9)], 4, end=7, vocab_size=9)
+    asked = [
+        SamplingConfig(max_tokens=5, top_k=3, stop_tokens=tuple(range(9)), presence_penalty=0.5),
+        SamplingConfig(top_p=0.5, seed=9, logit_bias={4: -1.0, 2: 3.0}),
+    ]
+    rows = make_rows(asked, 4, end=7, vocab_size=9)
+    assert rows.stop_tokens.shape == (4, 16)
+    assert rows.stop_tokens[0].tolist() == [*range(9), *[-1] * 7]
+    assert (rows.stop_tokens[1:] == -1).all()
+    assert rows.bias_ids[1].tolist() == [4, 2, *[-1] * 6]
+    assert rows.bias[1].tolist() == [-1, 3, *[0] * 6]
+    assert rows.presence_penalty.tolist() == [0.5, 0, 0, 0]
+    assert rows.repetition_penalty.tolist() == [1] * 4
     assert rows.max_tokens.tolist() == [5, 256, 0, 0]
     assert rows.top_k.tolist() == [3, 0, 0, 0]
     assert rows.top_p.tolist() == [1, 0.5, 1, 1]
@@ -173,9 +200,70 @@ def test_rows_of_arrays():
     assert (int(rows.end), int(rows.vocab_size)) == (7, 9)
 
 
+IDS = st.lists(st.integers(0, 6), max_size=8)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    prompts=st.tuples(IDS, IDS),
+    drawn=st.tuples(IDS, IDS),
+    penalties=st.tuples(*[st.tuples(st.floats(0.2, 3), st.floats(-2, 2), st.floats(-2, 2))] * 2),
+    seed=st.integers(0, 99),
+)
+def test_penalties_are_those_of_the_statement(prompts, drawn, penalties, seed):
+    logits = np.random.default_rng(seed).normal(size=(2, 7)).astype(np.float32)
+    expected = logits.astype(np.float64)
+    for row, (repetition, presence, frequency) in enumerate(penalties):
+        for i in range(7):
+            if i in prompts[row] or i in drawn[row]:
+                expected[row, i] *= 1 / repetition if expected[row, i] > 0 else repetition
+            if i in drawn[row]:
+                expected[row, i] -= presence + frequency * drawn[row].count(i)
+    seen = Seen(
+        jnp.array([[i in row for i in range(7)] for row in prompts]),
+        jnp.array([[row.count(i) for i in range(7)] for row in drawn], jnp.int32),
+    )
+    found = jax.jit(penalize)(logits, seen, *np.array(penalties, np.float32).T)
+    np.testing.assert_allclose(found, expected, rtol=2e-6, atol=1e-5)
+
+
+def test_a_bias_is_added_to_the_ids_it_names_and_to_no_other():
+    logits = jnp.arange(10, dtype=jnp.float32).reshape(2, 5)
+    found = add_bias(logits, jnp.array([[3, -1, 0], [4, 7, -1]]), jnp.array([[0.5, 9.0, -np.inf], [-2.0, 9.0, 9.0]]))
+    np.testing.assert_array_equal(found, [[-np.inf, 1, 2, 3.5, 4], [5, 6, 7, 8, 7]])
+
+
+@pytest.mark.parametrize(("size", "vocab_size"), [(50, 47), (6, None)])
+def test_log_probabilities_are_the_models_own(size, vocab_size):
+    logits = np.random.default_rng(0).normal(size=(3, size)).astype(np.float32)
+    token = np.array([1, 0, 5])
+    found = jax.jit(log_probabilities)(logits, token, vocab_size)
+    kept = logits[:, :vocab_size].astype(np.float64)
+    expected = kept - np.log(np.exp(kept).sum(-1, keepdims=True))
+    np.testing.assert_allclose(found.chosen, expected[np.arange(3), token], rtol=1e-5)
+    order = np.argsort(-expected, axis=-1)[:, :MOST_ALTERNATIVES]
+    np.testing.assert_array_equal(found.top_ids[:, : order.shape[1]], order)
+    np.testing.assert_allclose(found.top[:, : order.shape[1]], np.take_along_axis(expected, order, -1), rtol=1e-5)
+    assert (np.asarray(found.top)[:, order.shape[1] :] == -np.inf).all()
+
+
 @pytest.mark.parametrize(
     ("field", "value", "expected"),
     [
+        ("min_p", -0.1, "from 0 to 1"),
+        ("min_p", float("nan"), "from 0 to 1"),
+        ("repetition_penalty", 0.0, "greater than 0"),
+        ("repetition_penalty", float("inf"), "greater than 0"),
+        ("presence_penalty", float("nan"), "a finite number"),
+        ("frequency_penalty", "much", "a finite number"),
+        ("logit_bias", [3], "ids and numbers"),
+        ("logit_bias", {"3": 1.0}, "ids and numbers"),
+        ("logit_bias", {3: float("inf")}, "ids and numbers"),
+        ("logit_bias", {3: float("nan")}, "ids and numbers"),
+        ("stop_tokens", [3], "a tuple of ids"),
+        ("stop_tokens", (-1,), "a tuple of ids"),
+        ("logprobs", 21, "from 0 to 20"),
+        ("logprobs", True, "from 0 to 20"),
         ("max_tokens", 0, "a positive integer"),
         ("max_tokens", 1.5, "a positive integer"),
         ("max_tokens", True, "a positive integer"),
