@@ -41,6 +41,10 @@ from bm_jax.sharding import parameter_shardings, path_name, with_shardings
 
 FORMAT, VERSION = "blackmamba-jax model", 2
 PARAMETERS = "params"
+SOURCE = "source.json"
+"""What importing a checkpoint keeps for the way back, see `convert`."""
+COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
+"""Files that come along as they are where an imported checkpoint has them: PyTorch code reads them."""
 PIECE = 2048
 """Longer prompts are read in pieces of this many tokens, with memory for one piece at a time."""
 SHORTEST_BUCKET = 16
@@ -532,6 +536,13 @@ def parameters_of(directory: Path) -> Path | None:
     if not (directory / PARAMETERS).is_dir():
         raise ConfigError(f"{directory} has no {PARAMETERS} folder: the model directory is incomplete")
     return directory / PARAMETERS
+
+
+def bring_companions(source: Path, destination: Path, names: Sequence[str] = COMPANIONS) -> None:
+    """Copy those of these files that there are."""
+    for name in names:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, destination / name)
 
 
 def write_description(directory: Path, config: ModelConfig, tokenizer: Tokenizer) -> None:

@@ -38,6 +38,19 @@ SMALL = 2**12
 """Bytes that are read in one piece though not all are wanted: a page."""
 
 
+def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object of these pairs, for `json.loads(object_pairs_hook=...)`.
+
+    Raises:
+        ValueError: a name is there twice.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is there twice")
+    return found
+
+
 class TensorFileError(RuntimeError):
     """A file cannot be read; the message names it, the tensor and what is wrong."""
 
@@ -79,7 +92,7 @@ class TensorFile:
                 names = list(file.keys())
             with open(path, "rb", buffering=0) as raw:
                 length = int.from_bytes(raw.read(8), "little")
-                header = json.loads(raw.read(length))
+                header = json.loads(raw.read(length), object_pairs_hook=each_once)
                 self._descriptor = os.dup(raw.fileno())
         except (OSError, ValueError, safetensors.SafetensorError) as error:
             raise TensorFileError(f"{path} is not a readable safetensors file: {error}") from None

@@ -352,8 +352,12 @@ def _check_same_run(config: Config, data: Data, directory: Path) -> None:
 
 
 def _write_description(config: Config, data: Data, directory: Path) -> None:
-    """config.json and tokenizer.json, each replaced whole or not at all."""
+    """config.json and tokenizer.json, each replaced whole or not at all, and what a model to start from was imported with."""
     data.tokenizer.save(directory)
+    if config.run.init_from is not None:
+        from bm_jax.language_model import COMPANIONS, SOURCE, bring_companions
+
+        bring_companions(Path(config.run.init_from), directory, (SOURCE, *COMPANIONS))
     write_durably(directory / "config.json", json.dumps(to_dict(config), indent=2) + "\n")
 
 

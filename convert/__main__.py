@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,17 +24,21 @@ if TYPE_CHECKING:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command with `arguments` (the process's own when None); the exit status."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax starts: converting needs no accelerator
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was begun is removed
     options = _parser().parse_args(arguments)
     # Slow imports, which --help need not wait for.
     from bm_jax.checkpoint import CheckpointError
     from bm_jax.config import ConfigError
+    from bm_jax.data.errors import DataError
     from convert.archives import ArchiveError
 
     try:
         return {"import": _import, "export": _export, "verify": _verify}[options.command](options)
-    except (ArchiveError, CheckpointError, ConfigError) as error:
+    except (ArchiveError, CheckpointError, ConfigError, OSError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+    except (MemoryError, RecursionError) as error:
+        print(f"error: a file asks for more than this machine has: {type(error).__name__} {error}", file=sys.stderr)
+    return 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -118,7 +123,8 @@ def _verify(options: argparse.Namespace) -> int:
     differences = compare(options.first, options.second)
     differing = [difference for difference in differences if not difference.identical]
     for difference in differing:
-        print(f"{difference.name}: differs by up to {difference.largest:.3g}, at {list(difference.at)}")
+        types = "" if difference.types[0] == difference.types[1] else f" ({difference.types[0]}, {difference.types[1]})"
+        print(f"{difference.name}{types}: differs by up to {difference.largest:.3g}, at {list(difference.at)}")
     print(f"{len(differences) - len(differing)} of {len(differences)} tensors are identical")
     return 1 if differing else 0
 

@@ -13,6 +13,7 @@ import json
 import math
 import pickle
 import sys
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -23,14 +24,12 @@ import numpy as np
 from bm_jax.language_model import PARAMETERS
 from bm_jax.parameter_folder import FILE
 from bm_jax.sealed_folder import sync
-from bm_jax.tensor_file import Kind, Memory, TensorFile, TensorFileError, write_tensor_file
+from bm_jax.tensor_file import Kind, Memory, TensorFile, TensorFileError, each_once, write_tensor_file
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 DTYPES = (np.dtype(np.float32), np.dtype(np.float16), BFLOAT16)
 """Types that are converted."""
 NAMES = ("model.safetensors", "pytorch_model.bin")
-COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
-"""Files that come along as they are where a checkpoint has them: PyTorch code reads them."""
 
 
 class ArchiveError(RuntimeError):
@@ -87,7 +86,12 @@ class PickledFile:
     def _load(self) -> dict[str, Any]:
         torch, path = self._torch, self.path
         try:
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            zipped = zipfile.is_zipfile(path)  # older files are not, and cannot be mapped
+            if zipped:
+                with zipfile.ZipFile(path) as file:
+                    if any(entry.compress_type != zipfile.ZIP_STORED for entry in file.infolist()):
+                        raise ValueError("it is a compressed zip file, which PyTorch does not write")
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
         except Exception as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ArchiveError(
@@ -98,9 +102,12 @@ class PickledFile:
         if not isinstance(loaded, dict):
             raise ArchiveError(f"{path} holds {type(loaded).__name__}, not tensors by name")
         for name, tensor in loaded.items():
-            if not isinstance(tensor, torch.Tensor):
-                raise ArchiveError(f"{path}: {name!r} is {type(tensor).__name__}, not a tensor")
-        return {str(name): tensor for name, tensor in loaded.items()}
+            if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+                raise ArchiveError(f"{path}: {name!r} is {type(tensor).__name__}, not a tensor by its name")
+            plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_neg()
+            if not plain or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+                raise ArchiveError(f"{path}: tensor {name} has no number in the file for each of its elements")
+        return {name: tensor.detach() for name, tensor in loaded.items()}
 
     def flat(self, name: str, start: int, stop: int, memory: Memory | None = None) -> np.ndarray:
         """Elements `start` to `stop` of a tensor as a row of numbers, those of the mapped file."""
@@ -212,7 +219,7 @@ def read_json(path: Path) -> dict[str, Any]:
         ArchiveError: it is missing or not a JSON object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=each_once)
     except FileNotFoundError:
         raise ArchiveError(f"{path} does not exist") from None
     except (OSError, ValueError, RecursionError) as error:

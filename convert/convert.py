@@ -13,6 +13,7 @@ import json
 import math
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,18 +24,27 @@ from tqdm import tqdm
 
 from bm_jax.config import ConfigError, ModelConfig
 from bm_jax.data.tokenizer import Tokenizer, load_tokenizer
-from bm_jax.language_model import PARAMETERS, check_shapes, parameters_of, read_config, read_parameters, write_description
-from bm_jax.leaves import leaves_of
+from bm_jax.language_model import (
+    PARAMETERS,
+    SOURCE,
+    bring_companions,
+    check_shapes,
+    parameters_of,
+    read_config,
+    read_parameters,
+    write_description,
+)
+from bm_jax.leaves import CheckpointError, leaves_of
 from bm_jax.model import count_parameters
 from bm_jax.parameter_folder import open_parameters, write_parameters
 from bm_jax.tensor_file import Kind, Memory
-from convert.archives import COMPANIONS, DTYPES, Archive, ArchiveError, open_archive, read_json, write_archive
-from convert.configs import recognize, to_ours, to_theirs
+from convert.archives import DTYPES, Archive, ArchiveError, open_archive, read_json, write_archive
+from convert.configs import differences, recognize, to_ours, to_theirs
+from convert.configs_mamba import activation_field
 from convert.hub import download, is_hub_name
 from convert.plan import Entry, entries, leaf_shapes
 from convert.tables import FORMATS, Format
 
-SOURCE = "source.json"
 TIED = "lm_head.weight"
 """Of tied models some checkpoints hold the unembedding too, a copy of the embedding."""
 COMPARED = 2**24
@@ -102,7 +112,7 @@ def import_checkpoint(
     with _whole(destination) as partial, tqdm(total=len(wanted), desc="tensors", disable=not progress) as bar:
         write_parameters(partial / PARAMETERS, leaves, _our_blocks(archive, leaves, wanted, bar))
         write_description(partial, config, own)
-        _bring_companions(folder, partial)
+        bring_companions(folder, partial)
         kept = origin | {
             "format": format.name,
             "layout": layout,
@@ -155,44 +165,78 @@ def export_checkpoint(
     source, destination = Path(source), Path(destination).absolute()
     if format not in FORMATS:
         raise ConfigError(f"there is no format {format!r}; there are {', '.join(FORMATS)}")
-    kind = FORMATS[format]
-    kept = read_json(source / SOURCE) if (source / SOURCE).exists() else {}
-    same = kept.get("format") == format
-    config, tokenizer = read_config(source), load_tokenizer(source)
-    if layout is None:
-        layout = str(kept["layout"]) if same else next(iter(kind.layouts))
-    if layout not in kind.layouts:
-        raise ConfigError(f"{format} has no layout {layout!r}; it has {', '.join(kind.layouts)}")
-    fields = kept["config"] if same else to_theirs(format, config)
-    wanted = entries(kind, layout, config)
-    types = kept["tensors"] if same and layout == kept["layout"] else {}
-    known = {str(numpy_dtype): numpy_dtype for numpy_dtype in DTYPES}
+    kind, known = FORMATS[format], {str(numpy_dtype): numpy_dtype for numpy_dtype in DTYPES}
     if dtype is not None and dtype not in known:
         raise ConfigError(f"dtype must be one of {', '.join(known)}, got {dtype!r}")
-
-    def type_of(name: str) -> np.dtype:
-        return known[dtype or types.get(name, "float32")]
-
-    by_name = {entry.name: entry for entry in wanted}
-    if config.tie_embeddings and (TIED in types or (not same and format == "mamba")):
-        by_name[TIED] = next(entry for entry in wanted if entry.leaf == "embedding")
-    if types:  # in the order they came in
-        by_name = {name: by_name[name] for name in types}
-    tensors = {name: Kind(type_of(name), entry.shape) for name, entry in by_name.items()}
-
-    def arrays(read: Reader) -> Iterator[np.ndarray]:
-        there, blocks = Memory(), itertools.cycle((Memory(), Memory()))  # one is written while the next is made
-        for name, entry in tqdm(by_name.items(), desc="tensors", disable=not progress):
-            array = next(blocks).take(type_of(name), entry.shape)
-            entry.as_ours(array)[...] = read(entry.leaf, entry.at, there)
-            yield array
-
+    if layout is not None and layout not in kind.layouts:
+        raise ConfigError(f"{format} has no layout {layout!r}; it has {', '.join(kind.layouts)}")
+    config, tokenizer = read_config(source), load_tokenizer(source)
     with _whole(destination) as partial, _opened(source, config) as read:
-        write_archive(partial, tensors, arrays(read), kind.pickled, kind.wrapper)
+        kept = _kept(source, config)
+        same = kept.get("format") == format
+        layout = layout or str(kept["layout"] if same else next(iter(kind.layouts)))
+        types: dict[str, str] = kept.get("tensors", {})
+        usual = next(iter(types.values())) if len(set(types.values())) == 1 else "float32"
+        fields = kept["config"] if same else to_theirs(format, config)
+        if format == "blackmamba":
+            fields = fields | activation_field(config)
+        wanted = entries(kind, layout, config)
+        by_name = {entry.name: entry for entry in wanted}
+        as_it_came = same and layout == kept["layout"]
+        if config.tie_embeddings and (TIED in types if same else format == "mamba"):
+            by_name[TIED] = next(entry for entry in wanted if entry.leaf == "embedding")
+        if as_it_came and types.keys() != by_name.keys():
+            raise _damaged(source, "its tensors are not those of the model")
+        if as_it_came:  # in the order they came in
+            by_name = {name: by_name[name] for name in types}
+        tensors = {
+            name: Kind(known[dtype or (types[name] if as_it_came else usual)], entry.shape) for name, entry in by_name.items()
+        }
+
+        def arrays() -> Iterator[np.ndarray]:
+            there, blocks = Memory(), itertools.cycle((Memory(), Memory()))  # one is written while the next is made
+            for name, entry in tqdm(by_name.items(), desc="tensors", disable=not progress):
+                array, part = next(blocks).take(*tensors[name]), read(entry.leaf, entry.at, there)
+                with np.errstate(over="ignore"):
+                    entry.as_ours(array)[...] = part
+                if array.itemsize < part.itemsize and np.isfinite(array).sum() < np.isfinite(part).sum():
+                    raise ArchiveError(f"tensor {name} has numbers too large for {array.dtype}; export it as float32")
+                yield array
+
+        write_archive(partial, tensors, arrays(), kind.pickled, kind.wrapper)
         _write_json(partial / "config.json", fields)
         tokenizer.save(partial)
-        _bring_companions(source, partial)
+        bring_companions(source, partial)
     return _summary(kind, layout, wanted, config)
+
+
+def _kept(source: Path, config: ModelConfig) -> dict[str, Any]:
+    """What importing wrote beside a model, having checked that it is of this model; nothing for another model."""
+    if not (source / SOURCE).exists():
+        return {}
+    kept = read_json(source / SOURCE)
+    format, tensors, known = kept.get("format"), kept.get("tensors"), {str(dtype) for dtype in DTYPES}
+    if not isinstance(format, str) or format not in FORMATS or kept.get("layout") not in FORMATS[format].layouts:
+        raise _damaged(source, "its format or layout is not a known one")
+    if not isinstance(tensors, dict) or not all(dtype in known for dtype in tensors.values()):
+        raise _damaged(source, "tensors is not a table of names and types")
+    if not isinstance(kept.get("config"), dict):
+        raise _damaged(source, "config is not an object")
+    try:
+        other = differences(config, to_ours(format, kept["config"]))
+    except ConfigError as error:
+        raise _damaged(source, str(error)) from None
+    other = [text for text in other if not (format == "blackmamba" and ".activation is " in text)]
+    if other:
+        raise _damaged(source, f"the model's {other[0]} there")
+    return kept
+
+
+def _damaged(source: Path, problem: str) -> ArchiveError:
+    return ArchiveError(
+        f"{source / SOURCE} is not what importing this model wrote: {problem}; without that file, names, types and config.json "
+        "are made from the model alone"
+    )
 
 
 @contextmanager
@@ -219,6 +263,7 @@ class Difference(NamedTuple):
     """Where it is."""
     identical: bool
     """Every bit, and the type."""
+    types: tuple[str, str]
 
 
 def compare(
@@ -246,11 +291,14 @@ def compare(
 
 def _difference(first: Archive, second: Archive, name: str) -> Difference:
     (a, shape), (b, _) = first.tensors[name], second.tensors[name]
-    size, largest, at, same = math.prod(shape), 0.0, 0, a == b
+    size, largest, at, same = math.prod(shape), 0.0, 0, True
     for start in range(0, size, COMPARED):
         x, y = (archive.flat(name, start, min(start + COMPARED, size)) for archive in (first, second))
         if a == b and np.array_equal(x.view(np.uint8), y.view(np.uint8)):
             continue
+        if same and a == b:  # the first bits that differ, though it be a zero's sign
+            unequal = (x.view(np.uint8) != y.view(np.uint8)).reshape(len(x), -1).any(axis=1)
+            at = start + int(np.argmax(unequal))
         x, y, same = x.astype(np.float64), y.astype(np.float64), False
         with np.errstate(invalid="ignore"):  # of infinity less infinity
             gap = np.nan_to_num(np.abs(x - y), nan=np.inf)
@@ -258,17 +306,19 @@ def _difference(first: Archive, second: Archive, name: str) -> Difference:
         if gap.max() > largest:
             largest, at = float(gap.max()), start + int(np.argmax(gap))
     where = np.unravel_index(at, shape) if size else ()
-    return Difference(name, largest, tuple(int(i) for i in where), same)
+    return Difference(name, largest, tuple(int(i) for i in where), same and a == b, (str(a), str(b)))
 
 
 def _match(archive: Archive, format: Format, config: ModelConfig) -> tuple[str, list[Entry]]:
     """The layout that the archive is in, and its tensors, having compared every name and shape."""
+    where = archive.files[0].path.parent
+    if config.depth > len(archive.tensors):
+        raise ArchiveError(f"{where} holds {len(archive.tensors)} tensors, but config.json asks for {config.depth} layers")
     plans = {layout: entries(format, layout, config) for layout in format.layouts}
     # The layout that shares the most names; what then is missing or unknown is named.
     layout = max(plans, key=lambda layout: sum(entry.name in archive.tensors for entry in plans[layout]))
     wanted = {entry.name: entry for entry in plans[layout]}
     allowed = wanted.keys() | ({TIED} if config.tie_embeddings else set())
-    where = archive.files[0].path.parent
     unknown = [name for name in archive if name not in allowed]
     missing = [name for name in wanted if name not in archive.tensors]
     if missing:
@@ -297,8 +347,8 @@ def _tokenizer_of(source: str | os.PathLike[str], format: Format, config: ModelC
     path = Path(source) / "tokenizer.json" if Path(source).is_dir() else Path(source)
     if source != "byte" and not path.exists():
         hint = (
-            f"BlackMamba was trained with that of {NEOX}: download its tokenizer.json and give --tokenizer PATH"
-            if format.name == "blackmamba"
+            f"{format.title} was trained with that of {NEOX}: download its tokenizer.json and give --tokenizer PATH"
+            if format.name in ("blackmamba", "mamba")
             else "put the model's tokenizer.json beside config.json, or give --tokenizer PATH"
         )
         raise ConfigError(f"there is no tokenizer at {path}; {hint}")
@@ -320,21 +370,27 @@ def require_new(destination: Path) -> None:
 def _whole(destination: Path) -> Iterator[Path]:
     """A folder to write in, which becomes `destination` when all went well and is removed otherwise."""
     require_new(destination)
-    partial = destination.with_name(f".{destination.name}.{os.getpid()}.partial")
+    partial = None
     try:
-        partial.mkdir(parents=True)
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", suffix=".partial", dir=destination.parent))
+        partial.chmod(0o777 & ~_umask())
         yield partial
+        require_new(destination)
         os.replace(partial, destination)
-    except OSError as error:
-        raise ArchiveError(f"cannot write {destination}: {error}; nothing is left of it") from error
+    except (OSError, CheckpointError) as error:
+        if isinstance(error, CheckpointError) and partial is not None and str(partial) not in str(error):
+            raise  # of the source
+        reason = str(error).replace(str(partial), str(destination))
+        raise ArchiveError(f"cannot write {destination}: {reason}; nothing is left of it") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
-def _bring_companions(source: Path, destination: Path) -> None:
-    for name in COMPANIONS:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, destination / name)
+def _umask() -> int:
+    os.umask(mask := os.umask(0))
+    return mask
 
 
 def _summary(format: Format, layout: str, wanted: list[Entry], config: ModelConfig) -> Summary:

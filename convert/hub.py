@@ -6,7 +6,10 @@ import os
 import re
 from pathlib import Path
 
-from convert.archives import COMPANIONS, NAMES, ArchiveError
+from bm_jax.language_model import COMPANIONS
+from convert.archives import NAMES, ArchiveError
+
+DESCRIPTION = ("config.json", "tokenizer.json", *COMPANIONS)
 
 
 def is_hub_name(source: str | os.PathLike[str]) -> bool:
@@ -27,16 +30,25 @@ def download(name: str, revision: str | None = None) -> tuple[Path, str]:
     """
     try:
         import huggingface_hub
+        from huggingface_hub import constants
     except ImportError:
         raise ArchiveError(f"{name} is not on this machine; for the hub: pip install 'blackmamba-jax[hub]'") from None
     try:
+        if constants.HF_HUB_OFFLINE:
+            for weights in ("model*.safetensors*", "pytorch_model*.bin*"):
+                wanted = [weights, *DESCRIPTION]
+                folder = Path(
+                    huggingface_hub.snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=wanted)
+                )
+                if any(folder.glob(weights)):
+                    return folder, folder.name
         info = huggingface_hub.model_info(name, revision=revision)
         there = [file.rfilename for file in info.siblings or []]
         stems = [re.escape(name).replace(r"\.", r"(-\d+-of-\d+)?\.", 1) + r"(\.index\.json)?" for name in NAMES]
         weights = next((found for stem in stems if (found := [file for file in there if re.fullmatch(stem, file)])), None)
         if weights is None:
             raise ArchiveError(f"{name} has no {' or '.join(NAMES)}, nor an index of several; it has {', '.join(there)}")
-        wanted = [*weights, *(file for file in ("config.json", "tokenizer.json", *COMPANIONS) if file in there)]
+        wanted = [*weights, *(file for file in DESCRIPTION if file in there)]
         folder = huggingface_hub.snapshot_download(name, revision=info.sha, allow_patterns=wanted)
     except ArchiveError:
         raise

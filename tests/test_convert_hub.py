@@ -81,6 +81,11 @@ def test_a_checkpoint_by_name_and_revision(hub, tmp_path):
     kept = json.loads((tmp_path / "model/source.json").read_text())
     assert (kept["source"], kept["revision"]) == ("owner/tiny", COMMIT)
     assert not any(path.endswith((".bin", ".md")) for path in asked)
+    offline = environment | {"HF_HUB_OFFLINE": "1"}
+    done = convert(offline, "import", "owner/tiny", tmp_path / "again", "--revision", COMMIT)
+    assert done.returncode == 0, done.stderr
+    done = convert(offline, "import", "owner/other", tmp_path / "none")
+    assert "owner/other is not on this machine" in done.stderr
     done = convert({}, "import", tmp_path / "on the hub", tmp_path / "local")
     assert done.returncode == 0, done.stderr
     done = convert({}, "verify", tmp_path / "local", tmp_path / "model")
