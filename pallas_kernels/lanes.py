@@ -10,13 +10,15 @@ vector of 128 for each value, with outputs and shared memory poisoned by NaN and
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.versions import mosaic_kernel
@@ -52,7 +54,9 @@ class Lanes(Protocol):
         ...
 
     def exp2(self, x: Any) -> Any: ...
+    def log2(self, x: Any) -> Any: ...
     def reciprocal(self, x: Any) -> Any: ...
+    def inverse_root(self, x: Any) -> Any: ...
     def magnitude(self, x: Any) -> Any: ...
     def maximum(self, x: Any, y: Any) -> Any: ...
     def minimum(self, x: Any, y: Any) -> Any: ...
@@ -64,7 +68,15 @@ class Lanes(Protocol):
         """The smaller of two integers."""
         ...
 
+    def choose(self, condition: Any, yes: Any, no: Any) -> Any:
+        """`select` between integers."""
+        ...
+
     def select(self, condition: Any, yes: Any, no: Any) -> Any: ...
+    def round_bfloat16(self, x: Any) -> Any:
+        """x rounded to bfloat16, still a float32."""
+        ...
+
     def exchange(self, x: Any, stride: int) -> Any:
         """The value of x that the lane `thread ^ stride` holds; both are in one warp."""
         ...
@@ -85,6 +97,18 @@ class Lanes(Protocol):
 
     def warp_barrier(self) -> None:
         """As `barrier`, among the lanes of a warp."""
+        ...
+
+
+class LanesTogether(Lanes, Protocol):
+    """Those of a program that all blocks run together, see `launch_together`."""
+
+    def repeat(self, count: int, body: Callable[[Any], Iterator[None]]) -> Iterator[None]:
+        """`body(i)`, a part of the program and a generator like it, for i from 0 to count - 1."""
+        ...
+
+    def anew(self) -> None:
+        """Read `thread` and `block` again: the compiler cannot keep in registers what was made of them before."""
         ...
 
 
@@ -163,20 +187,84 @@ def launch(
     return dict(zip(outputs, kernel(*inputs.values()), strict=True))
 
 
-class _NumpyLanes:
-    """Lanes on numpy: every value is a vector of WARPGROUP numbers, or one number where all lanes agree."""
+def launch_together(
+    program: Callable[[LanesTogether, SimpleNamespace], Iterator[None]],
+    blocks: int,
+    threads: int,
+    inputs: Mapping[str, Array],
+    outputs: Mapping[str, jax.ShapeDtypeStruct],
+    shared: Mapping[str, jax.ShapeDtypeStruct],
+    interpret: bool = False,
+) -> dict[str, Array]:
+    """As `launch`, with all blocks running at the same time, one of `threads` lanes on each processor of the GPU.
 
-    def __init__(self, block: int, shared: Sequence[np.ndarray]):
+    The program is a generator. Where it yields, every block waits for all others: what was written to an output before, by any
+    of them, is read after. All blocks yield as often. `blocks` must not be more than the GPU has processors.
+    """
+    names = [*inputs, *outputs, *shared]
+    if interpret:
+
+        def run(*arrays: Array) -> list[np.ndarray]:
+            results = [np.full(s.shape, np.nan, s.dtype) for s in outputs.values()]
+            running = []
+            for block in range(blocks):
+                scratch = [np.full(s.shape, np.nan, s.dtype) for s in shared.values()]
+                refs = [*map(np.asarray, arrays), *results, *scratch]
+                lanes = _NumpyLanes(block, scratch, threads)
+                running.append(program(lanes, SimpleNamespace(**dict(zip(names, refs, strict=True)))))
+            states: set[str | None] = {None}
+            with np.errstate(all="ignore"):
+                while states == {None}:
+                    states = {next(block, "ended") for block in running}
+            if states != {"ended"}:
+                raise RuntimeError("some blocks wait for others that have ended")
+            return results
+
+        results = jax.pure_callback(run, list(outputs.values()), *inputs.values(), vmap_method="sequential")
+        return dict(zip(outputs, results, strict=True))
+
+    def body(*refs: Any) -> None:
+        arrived = pl.get_global(plgpu.SemaphoreType.REGULAR)
+
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * (len(refs) + 1))
+        def lanewise(_: Any, arrived: Any, *refs: Any) -> None:
+            # Imported here, so that machines without a GPU need not have what only compiles for one.
+            from pallas_kernels.lanes_mosaic import MosaicLanesTogether
+
+            lanes = MosaicLanesTogether(blocks, arrived)
+            wrapped = [lanes.ref(ref, constant=k < len(inputs)) for k, ref in enumerate(refs)]
+            lanes.drive(program(lanes, SimpleNamespace(**dict(zip(names, wrapped, strict=True)))))
+
+        lanewise(arrived, *refs)
+
+    kernel = mosaic_kernel(
+        body,
+        outputs=tuple(outputs.values()),
+        scratch=[plgpu.SMEM(s.shape, s.dtype) for s in shared.values()],
+        grid=(blocks,),
+        grid_names=("block",),
+        num_threads=threads // WARPGROUP,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+    )
+    return dict(zip(outputs, kernel(*inputs.values()), strict=True))
+
+
+class _NumpyLanes:
+    """Lanes on numpy: every value is a vector of a number for each lane, or one number where all lanes agree."""
+
+    def __init__(self, block: int, shared: Sequence[np.ndarray], size: int = WARPGROUP):
         self.block = block
-        self.thread = np.arange(WARPGROUP)
+        self.size = size
+        self.thread = np.arange(size)
         self._warp = self.thread // WARP
         # For each element of shared memory, since the last barrier: the warps that read it and those that wrote it, as bits.
         self._shared = {id(array): (np.zeros(array.shape, int), np.zeros(array.shape, int)) for array in shared}
 
     def _access(self, ref: np.ndarray, index: Sequence[Any], where: Any, writes: bool) -> tuple[np.ndarray, ...]:
         """The index broadcast to the lanes that take part, checked for bounds and races."""
-        active = np.broadcast_to(True if where is None else where, (WARPGROUP,))
-        full = tuple(np.broadcast_to(k, (WARPGROUP,))[active] for k in index)
+        active = np.broadcast_to(True if where is None else where, (self.size,))
+        full = tuple(np.broadcast_to(k, (self.size,))[active] for k in index)
         if any(((k < 0) | (k >= size)).any() for k, size in zip(full, ref.shape, strict=True)):
             raise IndexError(f"a lane of block {self.block} left an array of shape {ref.shape}")
         if id(ref) in self._shared:
@@ -203,15 +291,21 @@ class _NumpyLanes:
 
     def store(self, ref: np.ndarray, index: Sequence[Any], values: Sequence[Any], where: Any = None) -> None:
         *leading, last = index
-        active = np.broadcast_to(True if where is None else where, (WARPGROUP,))
+        active = np.broadcast_to(True if where is None else where, (self.size,))
         for k, value in enumerate(values):
-            ref[self._access(ref, (*leading, last + k), where, True)] = np.broadcast_to(value, (WARPGROUP,))[active]
+            ref[self._access(ref, (*leading, last + k), where, True)] = np.broadcast_to(value, (self.size,))[active]
 
     def exp2(self, x: Any) -> Any:
         return np.exp2(np.float32(x))
 
+    def log2(self, x: Any) -> Any:
+        return np.log2(np.float32(x))
+
     def reciprocal(self, x: Any) -> Any:
         return np.float32(1) / x
+
+    def inverse_root(self, x: Any) -> Any:
+        return np.float32(1) / np.sqrt(x)
 
     def magnitude(self, x: Any) -> Any:
         return np.abs(x)
@@ -228,11 +322,17 @@ class _NumpyLanes:
     def smaller(self, x: Any, y: Any) -> Any:
         return np.minimum(x, y)
 
+    def choose(self, condition: Any, yes: Any, no: Any) -> Any:
+        return np.where(condition, yes, no)
+
+    def round_bfloat16(self, x: Any) -> Any:
+        return np.asarray(x, jnp.bfloat16).astype(np.float32)
+
     def select(self, condition: Any, yes: Any, no: Any) -> Any:
         return np.where(condition, np.float32(yes), np.float32(no))
 
     def exchange(self, x: Any, stride: int) -> Any:
-        return np.broadcast_to(x, (WARPGROUP,))[self.thread ^ stride]
+        return np.broadcast_to(x, (self.size,))[self.thread ^ stride]
 
     def loop(self, count: Any, body: Callable, carry: list[Any]) -> list[Any]:
         for i in range(int(count)):
@@ -252,6 +352,13 @@ class _NumpyLanes:
             reads[...] = written[...] = 0
 
     def warp_barrier(self) -> None:
+        pass
+
+    def repeat(self, count: int, body: Callable[[Any], Iterator[None]]) -> Iterator[None]:
+        for i in range(count):
+            yield from body(i)
+
+    def anew(self) -> None:
         pass
 
 

@@ -192,6 +192,12 @@ class MosaicLanes:
     def reciprocal(self, x: Any) -> Number:
         return self._instruction("rcp.approx.ftz.f32", x)
 
+    def log2(self, x: Any) -> Number:
+        return self._instruction("lg2.approx.ftz.f32", x)
+
+    def inverse_root(self, x: Any) -> Number:
+        return self._instruction("rsqrt.approx.ftz.f32", x)
+
     def magnitude(self, x: Any) -> Number:
         return Number(math.absf(self._number(x).value))
 
@@ -206,6 +212,14 @@ class MosaicLanes:
 
     def smaller(self, x: Number, y: Any) -> Number:
         return Number(arith.minsi(x.value, x.lift(y).value))
+
+    def round_bfloat16(self, x: Any) -> Number:
+        return Number(arith.extf(self._f32, arith.truncf(ir.BF16Type.get(), self._number(x).value)))
+
+    def choose(self, condition: Number, yes: Any, no: Any) -> Number:
+        pair = (yes, no) if isinstance(yes, Number) else (no, yes)
+        yes, no = (pair[0].lift(value) for value in (yes, no))
+        return Number(arith.select(condition.value, yes.value, no.value))
 
     def select(self, condition: Number, yes: Any, no: Any) -> Number:
         return Number(arith.select(condition.value, self._number(yes).value, self._number(no).value))
@@ -259,3 +273,76 @@ class MosaicLanes:
 
     def warp_barrier(self) -> None:
         nvvm.bar_warp_sync(utils.c(0xFFFFFFFF, self._i32))
+
+
+class MosaicLanesTogether(MosaicLanes):
+    """Lanes of blocks that all run at the same time, see `pallas_kernels.lanes.launch_together`."""
+
+    def __init__(self, blocks: int, arrived: Any):
+        super().__init__(1)
+        self.anew()
+        self._blocks, self._arrived = blocks, llvm.addrspacecast(llvm.PointerType.get(1), utils.memref_ptr(arrived))
+        self._target = Number(utils.c(0, self._i32))
+        """Arrivals at the barriers so far."""
+
+    def anew(self) -> None:
+        def read(register: str) -> Number:
+            return Number(llvm.inline_asm(self._i32, [], f"mov.u32 $0, {register};", "=r", has_side_effects=True))
+
+        self.thread, self.block = read("%tid.x"), read("%ctaid.x")
+
+    def ref(self, memref: Any, constant: bool) -> Ref:
+        kind = ir.MemRefType(memref.type)
+        strides, _ = kind.get_strides_and_offset()
+        pointer = utils.memref_ptr(memref)
+        if kind.memory_space is None:
+            return Ref(llvm.addrspacecast(llvm.PointerType.get(1), pointer), tuple(strides), kind.element_type, False, constant)
+        return Ref(pointer, tuple(strides), kind.element_type, True, constant)
+
+    def fetch(self, ref: Ref, index: Sequence[Any], width: int) -> list[Any]:
+        """Of device memory, begun where it stands: loads of constants (.nc) would be put off until after the next barriers."""
+        if ref.shared:
+            return super().fetch(ref, index, width)
+        fetched, kind = [], ".L1::no_allocate" if ref.constant else ""
+        for first, size in self._pieces(ref, width):
+            words, bits = max(1, size * utils.bytewidth(ref.element) // 4), min(32, size * utils.bytewidth(ref.element) * 8)
+            names = [f"${k}" for k in range(words)]
+            vector_of = "" if words == 1 else f".v{words}"
+            text = f"ld.global{kind}{vector_of}.b{bits} {names[0] if words == 1 else '{' + ', '.join(names) + '}'}, [${words}];"
+            word = ir.IntegerType.get_signless(bits)
+            whole = word if words == 1 else llvm.StructType.get_literal([word] * words)
+            constraints = ",".join(["=h" if bits == 16 else "=r"] * words + ["l"])
+            loaded: Any = llvm.inline_asm(whole, [self._address(ref, index, first)], text, constraints, has_side_effects=True)
+            parts: list[Any] = [loaded] if words == 1 else [llvm.extractvalue(word, loaded, [k]) for k in range(words)]
+            packed = vector.from_elements(ir.VectorType.get((words,), word), parts)
+            fetched.append(vector.bitcast(ir.VectorType.get((size,), ref.element), packed))
+        return fetched
+
+    def barrier(self) -> None:
+        self._emit("bar.sync 0;")
+
+    def _emit(self, text: str, *operands: Any, constraints: str = "") -> None:
+        llvm.inline_asm(ir.Type.parse("!llvm.void"), operands, text, constraints, has_side_effects=True)
+
+    def drive(self, program: Iterator[None]) -> None:
+        """Emit a program, with a barrier of all blocks where it yields."""
+        for _ in program:
+            self._target = self._target + self._blocks
+            self.barrier()
+            with self.only_if(self.thread < 1):
+                text = (
+                    "{.reg .pred p; .reg .u32 v; red.release.gpu.global.add.u32 [$0], 1; "
+                    "again_${:uid}: ld.acquire.gpu.u32 v, [$0]; setp.lt.u32 p, v, $1; @p bra again_${:uid};}"
+                )
+                self._emit(text, self._arrived, self._target.value, constraints="l,r,~{memory}")
+            self.barrier()
+
+    def repeat(self, count: int, body: Callable[[Any], Iterator[None]]) -> Iterator[None]:
+        def one(i: Any, carry: list[Any]) -> list[Any]:
+            (self._target,) = carry
+            self.drive(body(i))
+            return [self._target]
+
+        (self._target,) = self.loop(count, one, [self._target])
+        return
+        yield

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MODEL_FILES = {
     f"bm_jax.{name}"
     for name in ("shapes", "initialization", "layers", "mamba", "attention", "routing", "moe", "cache", "model", "sharding",
-                 "sequence_parallel", "experts", "expert_exchange", "expert_parallel")
+                 "sequence_parallel", "experts", "expert_exchange", "expert_parallel", "decode_step")
 }  # fmt: skip
 
 
