@@ -231,33 +231,46 @@ class _Step:
     # --- layers ------------------------------------------------------------------------------------------------------
 
     def mamba(self, i: Any, j: int) -> Iterator[None]:
-        s, lanes, refs = self.sizes, self.lanes, self.refs
+        s = self.sizes
+        self.project_in(i, j)
+        ahead = self.fetch_scan(i, j)
+        rows, parts = self.fetch_rows(getattr(self.refs, f"out_proj_{j}"), (i,), *self.share(s.width), s.inner)
+        before = self.own_residual()
+        yield
+        self.scan(i, j, *ahead)
+        yield
+        self.gather(self.refs.y, s.inner)
+        self.multiply(rows, range(s.batch))
+        self.lanes.barrier()
+        self.add(before, parts)
+        yield
+
+    def project_in(self, i: Any, j: int) -> None:
+        """`u` and the gate `z` of the block's channels, and what these add to x_proj's sums, to `partial`."""
+        s, lanes, refs, T = self.sizes, self.lanes, self.refs, self.lanes.thread
         own = lambda name: getattr(refs, f"{name}_{j}")  # noqa: E731
         first, count, most = self.share(s.inner)
-        columns, N, T = s.rank + 2 * s.states, s.states, lanes.thread
-        residual = self.read_residual()
-        scale = self.norm_weights(i, j)
+        columns = s.rank + 2 * s.states
+        residual, scale = self.read_residual(), self.norm_weights(i, j)
         rows, parts = self.fetch_rows(own("in_proj"), (i,), first * 2, count * 2, most * 2, s.width)
         column = lanes.smaller(T, columns - 1)
         x_proj = [lanes.fetch(own("x_proj"), (i, first + lanes.smaller(T * 0 + c, count - 1), column), 1) for c in range(most)]
-        channel = first + lanes.smaller(T, count - 1)
-        weights = [lanes.load(own("conv_weight"), (i, k, channel), 1)[0] for k in range(s.taps)]
-        bias = lanes.load(own("conv_bias"), (i, channel), 1)[0]
-        earlier = [[lanes.load(own("conv"), (i, b, k, channel), 1)[0] for k in range(s.taps - 1)] for b in range(s.batch)]
+        mine = lanes.smaller(T, count - 1)
+        weights = [lanes.load(own("conv_weight"), (i, k, first + mine), 1)[0] for k in range(s.taps)]
+        bias = lanes.load(own("conv_bias"), (i, first + mine), 1)[0]
+        earlier = [[lanes.load(own("conv"), (i, b, k, first + mine), 1)[0] for k in range(s.taps - 1)] for b in range(s.batch)]
         self.normed(residual, scale)
         self.multiply(rows, range(s.batch))
         lanes.barrier()
-        mine = lanes.smaller(T, count - 1)
         for b in range(s.batch):
             taps = [*earlier[b], self.row(b, mine * 2, parts)]
             z = self.row(b, mine * 2 + 1, parts)
             for k in range(s.taps - 1):
-                lanes.store(own("conv_out"), (i, b, k, channel), [taps[k + 1]], where=count > T)
+                lanes.store(own("conv_out"), (i, b, k, first + mine), [taps[k + 1]], where=count > T)
             u = bias
             for weight, tap in zip(weights, taps, strict=True):
                 u = lanes.fma(weight, tap, u)
-            u = u * self.sigmoid(u)
-            lanes.store(refs.u, (b, T), [lanes.select(count > T, u, 0.0)], where=most > T)
+            lanes.store(refs.u, (b, T), [lanes.select(count > T, u * self.sigmoid(u), 0.0)], where=most > T)
             lanes.store(refs.z, (b, T), [z * self.sigmoid(z)], where=most > T)
         lanes.barrier()
         for b in range(s.batch):
@@ -265,25 +278,29 @@ class _Step:
             for c, weight in enumerate(x_proj):
                 total = lanes.fma(lanes.unpack(weight)[0], lanes.load(refs.u, (b, c), 1)[0], total)
             lanes.store(refs.partial, (lanes.block, b, T), [total], where=columns > T)
-        # What the next phases read and no block writes.
-        eighth = T % 8
+
+    def fetch_scan(self, i: Any, j: int) -> tuple[Any, ...]:
+        """What `scan` reads and no other block writes: dt_proj, eight lanes a channel; the rest, a lane a state."""
+        s, lanes, T = self.sizes, self.lanes, self.lanes.thread
+        own = lambda name: getattr(self.refs, f"{name}_{j}")  # noqa: E731
+        first, count, _ = self.share(s.inner)
         owner = first + lanes.smaller(T // 8, count - 1)
         dt_proj = []
         for k in range(ceil_div(s.rank, 8 * VECTOR)):
-            piece = k * 8 + eighth
+            piece = k * 8 + T % 8
             at = lanes.smaller(piece, s.rank // VECTOR - 1) * VECTOR
             dt_proj.append((at, piece < s.rank // VECTOR, lanes.fetch(own("dt_proj"), (i, owner, at), VECTOR)))
         dt_bias = lanes.load(own("dt_bias"), (i, owner), 1)[0]
-        n = T % N
-        scanned = lanes.smaller(T // N, count - 1)
-        rate = lanes.load(own("A"), (i, first + scanned, n), 1)[0]
-        skip = lanes.load(own("D"), (i, first + scanned), 1)[0]
-        states = [lanes.load(own("state"), (i, b, first + scanned, n), 1)[0] for b in range(s.batch)]
-        row0, rows_own, rows_most = self.share(s.width)
-        rows, parts = self.fetch_rows(own("out_proj"), (i,), row0, rows_own, rows_most, s.inner)
-        before = self.own_residual()
-        yield
-        groups = THREADS // COLUMNS
+        channel, n = first + lanes.smaller(T // s.states, count - 1), T % s.states
+        rate = lanes.load(own("A"), (i, channel, n), 1)[0]
+        skip = lanes.load(own("D"), (i, channel), 1)[0]
+        states = [lanes.load(own("state"), (i, b, channel, n), 1)[0] for b in range(s.batch)]
+        return dt_proj, dt_bias, rate, skip, states
+
+    def low_rank(self) -> None:
+        """`low` = dt's low rank, B and C: the sums of all blocks' `partial`."""
+        s, lanes, refs, T = self.sizes, self.lanes, self.refs, self.lanes.thread
+        columns, groups = s.rank + 2 * s.states, THREADS // COLUMNS
         group, column = T // COLUMNS, lanes.smaller(T % COLUMNS, columns - 1)
         for b in range(s.batch):
             values = []
@@ -297,6 +314,12 @@ class _Step:
             total = sum(lanes.load(refs.groups, (b, g, column), 1)[0] for g in range(groups))
             lanes.store(refs.low, (b, T), [total], where=columns > T)
         lanes.barrier()
+
+    def scan(self, i: Any, j: int, dt_proj: list[Any], dt_bias: Any, rate: Any, skip: Any, states: list[Any]) -> None:
+        """One step of the block's channels: the next state, and the gated output to `y`."""
+        s, lanes, refs, T = self.sizes, self.lanes, self.refs, self.lanes.thread
+        first, count, most = self.share(s.inner)
+        self.low_rank()
         for b in range(s.batch):
             total = 0.0
             for at, inside, fetched in dt_proj:
@@ -305,23 +328,16 @@ class _Step:
                     piece = lanes.fma(w, value, piece)
                 total = total + lanes.select(inside, piece, 0.0)
             step = self.softplus(self.warp_sum(total, 8) + dt_bias)
-            lanes.store(refs.steps, (b, T // 8), [step], where=(eighth < 1) & (most > T // 8))
+            lanes.store(refs.steps, (b, T // 8), [step], where=(T % 8 < 1) & (most > T // 8))
         lanes.barrier()
+        own, n, inside = lanes.smaller(T // s.states, count - 1), T % s.states, count * s.states > T
         for b, state in enumerate(states):
-            step, u = (lanes.load(ref, (b, scanned), 1)[0] for ref in (refs.steps, refs.u))
-            B, C = (lanes.load(refs.low, (b, n + (s.rank + k * N)), 1)[0] for k in range(2))
+            step, u = (lanes.load(ref, (b, own), 1)[0] for ref in (refs.steps, refs.u))
+            B, C = (lanes.load(refs.low, (b, n + (s.rank + k * s.states)), 1)[0] for k in range(2))
             state = lanes.fma(lanes.exp2(step * rate), state, step * u * B)
-            inside = count * N > T
-            lanes.store(own("state_out"), (i, b, first + scanned, n), [state], where=inside)
-            y = self.warp_sum(state * C, N) + skip * u
-            y = y * lanes.load(refs.z, (b, scanned), 1)[0]
-            lanes.store(refs.y, (b, first + scanned), [y], where=inside & (n < 1))
-        yield
-        self.gather(refs.y, s.inner)
-        self.multiply(rows, range(s.batch))
-        lanes.barrier()
-        self.add(before, parts)
-        yield
+            lanes.store(getattr(refs, f"state_out_{j}"), (i, b, first + own, n), [state], where=inside)
+            y = self.warp_sum(state * C, s.states) + skip * u
+            lanes.store(refs.y, (b, first + own), [y * lanes.load(refs.z, (b, own), 1)[0]], where=inside & (n < 1))
 
     def moe(self, i: Any, j: int) -> Iterator[None]:
         s, lanes, refs = self.sizes, self.lanes, self.refs
