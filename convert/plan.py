@@ -59,8 +59,8 @@ def entries(format: Format, layout: str, config: ModelConfig) -> list[Entry]:
     Raises:
         KeyError: the format has no layers of a kind that the model has.
     """
-    shapes = leaf_shapes(config)
-    found = [_entry(row, row.name, row.leaf, shapes[row.leaf], ()) for row in format.ends if row.leaf in shapes]
+    shapes, ends = leaf_shapes(config), format.layouts[layout].get("ends", format.ends)
+    found = [_entry(row, row.name, row.leaf, shapes[row.leaf], ()) for row in ends if row.leaf in shapes]
     for number in range(config.depth):
         period, index = divmod(number, len(config.layers))
         for place, kind in enumerate(config.layers[index].split("+")):

@@ -40,7 +40,8 @@ class Format:
     ends: tuple[Row, ...]
     """Embedding, final norm, unembedding."""
     layouts: Mapping[str, Mapping[str, tuple[Row, ...]]]
-    """Rows of each kind of layer, in each of the layouts that the format is stored in; the first is written by default."""
+    """Rows of each kind of layer, in each of the layouts that the format is stored in; the first is written by default. A
+    layout with other ends of the model has them as "ends"."""
     layers_per_block: int = 1
     """How many of our layers are one of theirs."""
     pickled: bool = False
@@ -142,7 +143,13 @@ MAMBA = Format(
     pickled=True,
 )
 HF_MAMBA = Format(
-    "hf-mamba", "Hugging Face Mamba", ends=_ends("backbone.embeddings", "backbone.norm_f"), layouts={"plain": _MAMBA_LAYERS}
+    "hf-mamba",
+    "Hugging Face Mamba",
+    ends=_ends("backbone.embeddings", "backbone.norm_f"),
+    layouts={
+        "plain": _MAMBA_LAYERS,
+        "older name of the embedding": _MAMBA_LAYERS | {"ends": _ends("backbone.embedding", "backbone.norm_f")},
+    },
 )
 
 _LAYER = "model.layers.{layer}."

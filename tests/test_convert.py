@@ -68,6 +68,7 @@ CASES = {
     "blackmamba, not gated": ("blackmamba", "experts apart", BLACKMAMBA | {"swiglu": False, "mamba_moe_layers": "r8r8r8"}),
     "mamba": ("mamba", "plain", MAMBA),
     "hf-mamba": ("hf-mamba", "plain", HF_MAMBA),
+    "hf-mamba, older": ("hf-mamba", "older name of the embedding", HF_MAMBA),
     "hf-jamba": ("hf-jamba", "experts apart", JAMBA),
     "hf-jamba, fused": ("hf-jamba", "experts fused", JAMBA),
     "hf-mixtral": ("hf-mixtral", "experts apart", MIXTRAL),
