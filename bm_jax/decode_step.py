@@ -14,7 +14,17 @@ from pallas_kernels.decode_layers import Sizes
 
 
 def step_sizes(config: ModelConfig, batch: int, blocks: int) -> Sizes:
-    """What the kernel is specialised for; `blocks` is the number of the GPU's processors."""
+    """What the kernel is specialised for; `blocks` is the number of the GPU's processors.
+
+    Raises:
+        NotImplementedError: the model has what the kernel lacks; the message says what.
+    """
+    lacks = {
+        "norms inside its Mamba layers": "mamba" in config.layers and config.mamba.inner_norms,
+        f"the router {config.moe.router}": "moe" in config.layers and config.moe.router == "topk",
+    }
+    if found := [what for what, there in lacks.items() if there]:
+        raise NotImplementedError(f"decode_layers: it cannot run a model with {' and '.join(found)}")
     parts = {kind: getattr(config, kind) for kind in ("moe", "mlp") if kind in config.layers}
     return Sizes(
         kinds=config.layers,

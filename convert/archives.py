@@ -68,7 +68,7 @@ def _require_known(path: Path, name: str, known: np.dtype | None, found: Any) ->
 class PickledFile:
     """A .bin or .pt file as PyTorch saves it, with its tensors at the top or under one key.
 
-    It is mapped into memory, and anew after every `MAPPED_BYTES` read, as pages that were read count as memory.
+    It is mapped into memory where that can be, and anew after every `MAPPED_BYTES` read: pages that were read count as memory.
     """
 
     MAPPED_BYTES = 2**29
@@ -77,6 +77,7 @@ class PickledFile:
         self.path, self._wrapper, self._torch = path, wrapper, _torch(path)
         torch = self._torch
         dtypes = {torch.float32: np.dtype(np.float32), torch.float16: np.dtype(np.float16), torch.bfloat16: BFLOAT16}
+        self._mapped = zipfile.is_zipfile(path)  # files of before PyTorch 1.6 are not, and are loaded whole
         self._loaded, self._read = self._load(), 0
         self.tensors = {
             name: Kind(_require_known(path, name, dtypes.get(tensor.dtype), tensor.dtype), tuple(tensor.shape))
@@ -86,12 +87,11 @@ class PickledFile:
     def _load(self) -> dict[str, Any]:
         torch, path = self._torch, self.path
         try:
-            zipped = zipfile.is_zipfile(path)  # older files are not, and cannot be mapped
-            if zipped:
+            if self._mapped:
                 with zipfile.ZipFile(path) as file:
                     if any(entry.compress_type != zipfile.ZIP_STORED for entry in file.infolist()):
                         raise ValueError("it is a compressed zip file, which PyTorch does not write")
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=self._mapped)
         except Exception as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ArchiveError(
@@ -113,7 +113,7 @@ class PickledFile:
         """Elements `start` to `stop` of a tensor as a row of numbers, those of the mapped file."""
         dtype = self.tensors[name].dtype
         self._read += (stop - start) * dtype.itemsize
-        if self._read > self.MAPPED_BYTES:
+        if self._mapped and self._read > self.MAPPED_BYTES:
             del self._loaded
             self._loaded, self._read = self._load(), 0
         part = self._loaded[name].reshape(-1)[start:stop]

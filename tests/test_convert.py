@@ -32,7 +32,7 @@ from bm_jax.leaves import nest
 from bm_jax.tensor_file import Kind
 from convert import compare, export_checkpoint, import_checkpoint
 from convert.__main__ import main
-from convert.archives import Archive, ArchiveError, open_archive, write_archive
+from convert.archives import Archive, ArchiveError, PickledFile, open_archive, write_archive
 from convert.config_reader import period
 from convert.configs import differences, recognize, to_ours, to_theirs
 from convert.plan import entries, leaf_shapes
@@ -717,6 +717,22 @@ def test_pickles_that_are_no_plain_tensors(tmp_path):
     torch.save(tensors, path, _use_new_zipfile_serialization=False)
     import_checkpoint(source, tmp_path / "two")
     assert all(difference.identical for difference in compare(tmp_path / "one", tmp_path / "two"))
+
+
+def test_a_pickled_file_is_mapped_anew(tmp_path, monkeypatch):
+    """As often as it takes, and what was read before stays as it was."""
+    pytest.importorskip("torch")
+    format, layout, fields = CASES["mamba"]
+    tensors = make_tensors(format, layout, fields, ml_dtypes.bfloat16)
+    source = write(tmp_path / "source", format, fields, tensors)
+    monkeypatch.setattr(PickledFile, "MAPPED_BYTES", 2000)
+    archive = open_archive(source)
+    loads, load = [], archive.files[0]._load
+    monkeypatch.setattr(archive.files[0], "_load", lambda: loads.append(1) or load())
+    read = {name: archive.read(name) for name in archive}
+    assert len(loads) > 5
+    for name, tensor in tensors.items():
+        assert read[name].tobytes() == tensor.tobytes(), name
 
 
 def test_a_tensor_twice_in_one_header(tmp_path):

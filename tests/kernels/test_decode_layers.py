@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from bm_jax.cache import init_cache
-from bm_jax.config import MlpConfig, ModelConfig, MoeConfig
+from bm_jax.config import MambaConfig, MlpConfig, ModelConfig, MoeConfig
 from bm_jax.decode_step import step_cache, step_sizes, step_weights
 from bm_jax.layers import layer_norm
 from bm_jax.model import forward, init_parameters
@@ -61,6 +63,13 @@ def test_a_step_is_that_of_the_model(config, batch):
 
 
 def test_what_it_cannot_run_is_refused():
+    inner_norms = MambaConfig(inner_norms=True)
+    for config, message in (
+        (tiny(router="topk", top_k=2), "router topk"),
+        (dataclasses.replace(tiny(), mamba=inner_norms), "norms inside its Mamba layers"),
+    ):
+        with pytest.raises(NotImplementedError, match=message):
+            step_sizes(config, 1, BLOCKS)
     good = step_sizes(tiny(), 1, BLOCKS)
     assert refusal(good) is None
     for change, message in (
