@@ -74,7 +74,7 @@ class PickledFile:
     MAPPED_BYTES = 2**29
 
     def __init__(self, path: Path, wrapper: str | None = None) -> None:
-        self.path, self._wrapper, self._torch = path, wrapper, _torch(path)
+        self.path, self._wrapper, self._torch = path, wrapper, import_torch(path)
         torch = self._torch
         dtypes = {torch.float32: np.dtype(np.float32), torch.float16: np.dtype(np.float16), torch.bfloat16: BFLOAT16}
         self._mapped = zipfile.is_zipfile(path)  # files of before PyTorch 1.6 are not, and are loaded whole
@@ -120,7 +120,12 @@ class PickledFile:
         return part.view(self._torch.int16).numpy().view(dtype) if dtype == BFLOAT16 else part.numpy()
 
 
-def _torch(path: Path) -> Any:
+def import_torch(path: Path) -> Any:
+    """PyTorch, for a pickled file.
+
+    Raises:
+        ArchiveError: it is not installed.
+    """
     try:
         import torch
     except ImportError:
@@ -245,7 +250,7 @@ def write_archive(
 
 def _write_pickled(path: Path, tensors: Mapping[str, Kind], arrays: Iterable[np.ndarray], wrapper: str | None) -> None:
     """What `torch.save` writes of a dict of tensors, without having them all at once."""
-    torch = _torch(path)
+    torch = import_torch(path)
     types = dict(zip(DTYPES, (torch.FloatStorage, torch.HalfStorage, torch.BFloat16Storage), strict=True))
 
     class Storage(NamedTuple):

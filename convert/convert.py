@@ -38,7 +38,7 @@ from bm_jax.leaves import CheckpointError, leaves_of
 from bm_jax.model import count_parameters
 from bm_jax.parameter_folder import open_parameters, write_parameters
 from bm_jax.tensor_file import Kind, Memory
-from convert.archives import DTYPES, Archive, ArchiveError, open_archive, read_json, write_archive
+from convert.archives import DTYPES, NAMES, Archive, ArchiveError, import_torch, open_archive, read_json, write_archive
 from convert.configs import differences, recognize, to_ours, to_theirs
 from convert.configs_mamba import activation_field
 from convert.hub import download, is_hub_name
@@ -170,6 +170,8 @@ def export_checkpoint(
         raise ConfigError(f"dtype must be one of {', '.join(known)}, got {dtype!r}")
     if layout is not None and layout not in kind.layouts:
         raise ConfigError(f"{format} has no layout {layout!r}; it has {', '.join(kind.layouts)}")
+    if kind.pickled:
+        import_torch(destination / NAMES[1])  # before anything is begun
     config, tokenizer = read_config(source), load_tokenizer(source)
     with _whole(destination) as partial, _opened(source, config) as read:
         kept = _kept(source, config)

@@ -807,6 +807,18 @@ def test_training_starts_from_an_imported_model(tmp_path):
         train.parse(["--init-from", str(tmp_path / "nowhere")])
 
 
+def test_a_pickled_export_without_torch_says_so(tmp_path, monkeypatch):
+    format, layout, fields = CASES["hf-mamba"]
+    source = write(tmp_path / "source", format, fields, make_tensors(format, layout, fields))
+    import_checkpoint(source, tmp_path / "model")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(
+        ArchiveError, match=r"back/pytorch_model\.bin is a pickled file, which needs PyTorch: pip install torch"
+    ):
+        export_checkpoint(tmp_path / "model", tmp_path / "back", "mamba")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "source"]
+
+
 def test_a_file_in_place_of_a_folder(tmp_path):
     format, layout, fields = CASES["hf-mamba"]
     tensors = make_tensors(format, layout, fields)
