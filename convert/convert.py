@@ -170,8 +170,6 @@ def export_checkpoint(
         raise ConfigError(f"dtype must be one of {', '.join(known)}, got {dtype!r}")
     if layout is not None and layout not in kind.layouts:
         raise ConfigError(f"{format} has no layout {layout!r}; it has {', '.join(kind.layouts)}")
-    if kind.pickled:
-        import_torch(destination / NAMES[1])  # before anything is begun
     config, tokenizer = read_config(source), load_tokenizer(source)
     with _whole(destination) as partial, _opened(source, config) as read:
         kept = _kept(source, config)
@@ -205,6 +203,8 @@ def export_checkpoint(
                     raise ArchiveError(f"tensor {name} has numbers too large for {array.dtype}; export it as float32")
                 yield array
 
+        if kind.pickled:
+            import_torch(destination / NAMES[1])  # its error names the file asked for
         write_archive(partial, tensors, arrays(), kind.pickled, kind.wrapper)
         _write_json(partial / "config.json", fields)
         tokenizer.save(partial)
