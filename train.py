@@ -13,7 +13,7 @@ import tyro
 import configs
 from bm_jax.checkpoint import CheckpointError, RunDirectoryError
 from bm_jax.config import Config, ConfigError
-from bm_jax.language_model import read_config
+from bm_jax.model_directory import read_config
 from bm_jax.train import NonFiniteError, fit
 
 

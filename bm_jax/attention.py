@@ -47,7 +47,7 @@ def attention(
         parameters: as declared by `attention_parameters`.
         x: normed hidden values `[B, L, M]`.
         cache: `key` and `value` `[B, S, G, D]`, filled up to `context.cached`, or None to attend within x alone. The
-            caller keeps `cached + L` within S.
+            caller keeps the tokens fed within S.
         context: documents, positions and padding.
         config: the model.
 
@@ -61,18 +61,19 @@ def attention(
         key = rotate(key, context.positions, config.attention.rotary_base)
     first = context.cached
     if cache is not None:
+        place = (jnp.arange(len(x))[:, None], first[:, None] + jnp.arange(x.shape[1]))
         key, value = (
-            jax.lax.dynamic_update_slice_in_dim(cache[name], new.astype(cache[name].dtype), first, axis=1)
+            cache[name].at[place].set(new.astype(cache[name].dtype), mode="drop", unique_indices=True)  # padding may be beyond
             for name, new in (("key", key), ("value", value))
         )
         cache = {"key": key, "value": value}
 
     # A document is a run of slots, so a token sees the slots from its document's first to its own.
     slot = jnp.arange(key.shape[1])
-    own = (first + jnp.arange(x.shape[1]))[:, None]
+    own = (first[:, None] + jnp.arange(x.shape[1]))[..., None]
     oldest = own - context.positions[..., None]
     if config.attention.window is not None:
         oldest = jnp.maximum(oldest, own - config.attention.window + 1)
     visible = (slot >= oldest) & (slot <= own)
     mixed = jax.nn.dot_product_attention(query, key.astype(dtype), value.astype(dtype), mask=visible[:, None])
-    return jnp.einsum("blhd,hdm->blm", mixed, parameters["out"].astype(dtype)), cache
+    return project(mixed, parameters["out"], dtype, axes=2), cache

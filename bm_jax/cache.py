@@ -27,7 +27,7 @@ class Cache(NamedTuple):
     positions: Array
     """Tokens of that segment so far `[B]`."""
     length: Array
-    """Tokens fed so far, padding included: a scalar."""
+    """Tokens fed so far, padding included `[B]`."""
 
 
 def init_cache(config: ModelConfig, batch: int, max_length: int = 0) -> Cache:
@@ -52,4 +52,4 @@ def init_cache(config: ModelConfig, batch: int, max_length: int = 0) -> Cache:
         f"layer_{i}": {kind: layer(kind) for kind in kinds.split("+") if kind in ("mamba", "attention")}
         for i, kinds in enumerate(config.layers)
     }
-    return Cache(layers, jnp.ones(B, jnp.int32), jnp.zeros(B, jnp.int32), jnp.zeros((), jnp.int32))
+    return Cache(layers, jnp.ones(B, jnp.int32), jnp.zeros(B, jnp.int32), jnp.zeros(B, jnp.int32))

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from bm_jax.cache import Cache, init_cache
+from bm_jax.cache import Cache
 from bm_jax.config import ModelConfig
 from bm_jax.model import Parameters, forward
 from bm_jax.model import logits as unembed
@@ -88,41 +88,18 @@ def make_rows(configs: Sequence[SamplingConfig], batch: int, *, end: int, vocab_
     )
 
 
-def seen_before(
-    configs: Sequence[SamplingConfig], prompts: Sequence[Sequence[int]], batch: int, vocab_size: int
-) -> Seen | None:
-    """What `choose` must know of the prompts; None where no row asks for what needs it."""
+def seen_before(configs: Sequence[SamplingConfig], prompt: Array) -> Seen | None:
+    """What `choose` must know of the ids read, bool `[B, V]`; None where no row asks for what needs it."""
+    if not any(map(needs_seen, configs)):
+        return None
+    return Seen(jnp.asarray(prompt), jnp.zeros(prompt.shape, jnp.int32))
+
+
+def needs_seen(config: SamplingConfig) -> bool:
+    """Whether more than a row's logits is needed: penalties, bias or log-probabilities are asked for."""
     plain = SamplingConfig()
     needs = ("repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "logprobs")
-    if all(getattr(config, name) == getattr(plain, name) for config in configs for name in needs):
-        return None
-    prompt = np.zeros((batch, vocab_size), bool)
-    for row, ids in enumerate(prompts):
-        prompt[row, ids] = True
-    return Seen(jnp.asarray(prompt), jnp.zeros((batch, vocab_size), jnp.int32))
-
-
-@partial(jax.jit, static_argnames=("config", "batch", "max_length"))
-def empty_cache(config: ModelConfig, batch: int, max_length: int) -> Cache:
-    """`init_cache`, compiled."""
-    return init_cache(config, batch, max_length)
-
-
-@partial(jax.jit, static_argnames=("config",), donate_argnames=("cache",))
-def prefill(
-    parameters: Parameters, tokens: Array, segment_ids: Array, cache: Cache, config: ModelConfig
-) -> tuple[Array, Cache]:
-    """Read a piece of the prompts `[B, L]` into the cache; the hidden values of its last tokens `[B, 1, M]`."""
-    output = forward(parameters, tokens, config, segment_ids=segment_ids, cache=cache)
-    assert output.cache is not None
-    return output.hidden[:, -1:], output.cache
-
-
-@jax.jit
-def fork(cache: Cache, rows: Array) -> Cache:
-    """The cache of these rows, int `[B]`: each may be taken several times, or not at all."""
-    layers = jax.tree.map(lambda leaf: leaf[:, rows], cache.layers)
-    return cache._replace(layers=layers, segment=cache.segment[rows], positions=cache.positions[rows])
+    return any(getattr(config, name) != getattr(plain, name) for name in needs)
 
 
 class Choice(NamedTuple):
@@ -153,6 +130,21 @@ def choose(head: Parameters, hidden: Array, rows: Rows, index: Array, seen: Seen
         return Choice(token, seen, log_probabilities(raw, token, rows.vocab_size))
 
 
+class Going(NamedTuple):
+    """Where each row of a batch is, between calls of `decode`."""
+
+    cache: Cache
+    """Holds everything before `token`."""
+    seen: Seen | None
+    """From `seen_before` and the tokens drawn since; None where no row needs it."""
+    token: Array
+    """The last id drawn `[B]`, not fed yet."""
+    number: Array
+    """How many tokens were drawn so far `[B]`."""
+    alive: Array
+    """Rows that go on `[B]`; a row stops after its end-of-document id, one of its stop tokens, or its `max_tokens`."""
+
+
 class Drawn(NamedTuple):
     """What one call of `decode` drew."""
 
@@ -160,56 +152,44 @@ class Drawn(NamedTuple):
     """`[B, CHUNK]`, -1 after a row's end."""
     logprobs: Logprobs | None
     """Arrays `[B, CHUNK, ...]`, where they are asked for."""
-    cache: Cache
-    seen: Seen | None
 
 
-@partial(jax.jit, static_argnames=("config",), donate_argnames=("cache", "seen"))
+@partial(jax.jit, static_argnames=("config",), donate_argnames=("going",))
 def decode(
-    parameters: Parameters,
-    head: Parameters,
-    cache: Cache,
-    seen: Seen | None,
-    rows: Rows,
-    token: Array,
-    index: Array,
-    alive: Array,
-    config: ModelConfig,
-) -> Drawn:
-    """Feed and draw up to CHUNK tokens, stopping as soon as every row has ended.
+    parameters: Parameters, head: Parameters, going: Going, rows: Rows, steps: Array | int, config: ModelConfig
+) -> tuple[Going, Drawn]:
+    """Feed and draw up to `steps` tokens, stopping as soon as every row has ended.
 
     Args:
         parameters: of the model.
         head: the parameters that `bm_jax.model.logits` needs.
-        cache: holds everything before `token`.
-        seen: from `seen_before`, and `token`.
+        going: where each row is.
         rows: what is asked.
-        token: the last id drawn `[B]`, not fed yet.
-        index: tokens drawn so far `[B]`.
-        alive: rows that go on `[B]`; a row stops after its end-of-document id, one of its stop tokens, or its `max_tokens`.
+        steps: at most CHUNK, a scalar.
         config: the model.
     """
 
-    def going(carry):
-        step, *_, alive, _ = carry
-        return (step < CHUNK) & jnp.any(alive)
+    def unfinished(carry):
+        step, going, _ = carry
+        return (step < steps) & jnp.any(going.alive)
 
     def body(carry):
-        step, cache, seen, token, index, alive, drawn = carry
+        step, (cache, seen, token, number, alive), drawn = carry
         output = forward(parameters, token[:, None], config, cache=cache)
         assert output.cache is not None
-        token, seen, logprobs = choose(head, output.hidden, rows, index, seen, config)
-        new = (jnp.where(alive, token, -1), logprobs)
+        token, seen, logprobs = choose(head, output.hidden, rows, number, seen, config)
+        new = Drawn(jnp.where(alive, token, -1), logprobs)
         drawn = jax.tree.map(lambda all_, one: all_.at[:, step].set(one), drawn, new)
-        index = index + 1
-        ended = (token == rows.end) | jnp.any(token[:, None] == rows.stop_tokens, axis=1) | (index >= rows.max_tokens)
-        return step + 1, output.cache, seen, token, index, alive & ~ended, drawn
+        number = number + 1
+        ended = (token == rows.end) | jnp.any(token[:, None] == rows.stop_tokens, axis=1) | (number >= rows.max_tokens)
+        return step + 1, Going(output.cache, seen, token, number, alive & ~ended), drawn
 
-    B = len(token)
-    drawn = (jnp.full((B, CHUNK), -1, jnp.int32), None)
-    if seen is not None:
-        of_one = jax.eval_shape(log_probabilities, jax.ShapeDtypeStruct(seen.drawn.shape, jnp.float32), token)
-        drawn = (drawn[0], jax.tree.map(lambda leaf: jnp.zeros((B, CHUNK, *leaf.shape[1:]), leaf.dtype), of_one))
-    carry = (jnp.int32(0), cache, seen, token, index, alive, drawn)
-    _, cache, seen, *_, (ids, logprobs) = jax.lax.while_loop(going, body, carry)
-    return Drawn(ids, logprobs, cache, seen)
+    B = len(going.token)
+    drawn = Drawn(jnp.full((B, CHUNK), -1, jnp.int32), None)
+    if going.seen is not None:
+        logits = jax.ShapeDtypeStruct(going.seen.drawn.shape, jnp.float32)
+        of_one = jax.eval_shape(log_probabilities, logits, going.token)
+        empty = jax.tree.map(lambda leaf: jnp.zeros((B, CHUNK, *leaf.shape[1:]), leaf.dtype), of_one)
+        drawn = drawn._replace(logprobs=empty)
+    _, going, drawn = jax.lax.while_loop(unfinished, body, (jnp.int32(0), going, drawn))
+    return going, drawn

@@ -21,6 +21,7 @@ from bm_jax.config import Activation
 from bm_jax.expert_exchange import EXCHANGES
 from bm_jax.experts import apply_experts as apply_on_one_device
 from bm_jax.experts import expert_products, weigh
+from bm_jax.quantize import Quantized
 from bm_jax.sharding import AXES, layout, map_shards, parameter_spec
 
 SLACK = 1.25
@@ -28,8 +29,8 @@ SLACK = 1.25
 
 
 def apply_experts(
-    w_in: Array,
-    w_out: Array,
+    w_in: Array | Quantized,
+    w_out: Array | Quantized,
     tokens: Array,
     expert: Array,
     gate: Array,
@@ -37,15 +38,18 @@ def apply_experts(
     *,
     exchange: Literal["padded", "ragged"] = "padded",
 ) -> Array:
-    """`bm_jax.experts.apply_experts` for tokens `[B, L, M]`, expert and gate `[B, L, K]`, weights of any float dtype.
+    """`bm_jax.experts.apply_experts` for tokens `[B, L, M]`, expert and gate `[B, L, K]`, weights of any float dtype or,
+    on one device, quantised.
 
     `exchange` is how rows travel between the devices of the `expert` axis, see `bm_jax.expert_exchange`.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
-        w_in, w_out = w_in.astype(tokens.dtype), w_out.astype(tokens.dtype)
+        w_in, w_out = (w if isinstance(w, Quantized) else w.astype(tokens.dtype) for w in (w_in, w_out))
         rows, expert, gate = (array.reshape(-1, array.shape[-1]) for array in (tokens, expert, gate))
         return apply_on_one_device(w_in, w_out, rows, expert, gate, activation).reshape(tokens.shape)
+    if isinstance(w_in, Quantized) or isinstance(w_out, Quantized):
+        raise NotImplementedError("apply_experts: quantised experts run on one device")
     split = layout(tokens.shape, "batch", "sequence", None)
     specs = {
         name: P(*parameter_spec(f"periods/layer/moe/{name}", w.ndim + 1)[1:]) for name, w in (("w_in", w_in), ("w_out", w_out))

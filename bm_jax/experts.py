@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from bm_jax.config import Activation
 from bm_jax.layers import activate
+from bm_jax.quantize import FEW_ROWS, Quantized, dequantize, product_of_all, product_of_chosen
 from pallas_kernels.grouped_matmul import grouped_matmul
 
 CHUNK = 128
 """Rows counted in one product by `places`."""
 
 
-def apply_experts(w_in: Array, w_out: Array, tokens: Array, expert: Array, gate: Array, activation: Activation) -> Array:
+def apply_experts(
+    w_in: Array | Quantized,
+    w_out: Array | Quantized,
+    tokens: Array,
+    expert: Array,
+    gate: Array,
+    activation: Activation,
+) -> Array:
     """The sum of what each token's experts make of it, weighed by the gates.
 
     Args:
-        w_in: `[X, M, F]`, or `[X, M, 2, F]` for a gated activation, in the dtype of `tokens`.
+        w_in: `[X, M, F]`, or `[X, M, 2, F]` for a gated activation, in the dtype of `tokens` or quantised.
         w_out: `[X, F, M]`, likewise.
         tokens: `[T, M]`.
         expert: integers `[T, K]`; X is no expert, which gives zero.
@@ -38,13 +46,40 @@ def weigh(rows: Array, gate: Array) -> Array:
     return jnp.sum(rows * gate[..., None].astype(rows.dtype), axis=1)
 
 
-def expert_products(w_in: Array, w_out: Array, rows: Array, expert: Array, activation: Activation) -> Array:
+def expert_products(
+    w_in: Array | Quantized, w_out: Array | Quantized, rows: Array, expert: Array, activation: Activation
+) -> Array:
     """Each row `[R, M]` through its expert `[R]`; X is no expert, which gives zero."""
+    if isinstance(w_in, Quantized) or isinstance(w_out, Quantized):
+        assert isinstance(w_in, Quantized)
+        assert isinstance(w_out, Quantized)
+        return _quantized_products(w_in, w_out, rows, expert, activation)
     place, group_sizes = places(expert, len(w_in))
     order = inverse(place)
     hidden = grouped_matmul(take_rows(rows, order, place), w_in.reshape(*w_in.shape[:2], -1), group_sizes)
     hidden = activate(hidden.reshape(-1, *w_in.shape[2:]), activation)
     return take_rows(grouped_matmul(hidden, w_out, group_sizes), place, order)
+
+
+def _quantized_products(w_in: Quantized, w_out: Quantized, rows: Array, expert: Array, activation: Activation) -> Array:
+    """`expert_products`: few rows meet int8 kernels; for many, where reading weights costs little, kernels are made wide."""
+
+    def chosen(rows: Array, expert: Array) -> Array:
+        return product_of_chosen(activate(product_of_chosen(rows, w_in, expert), activation), w_out, expert)
+
+    def every(rows: Array, expert: Array) -> Array:
+        return product_of_all(activate(product_of_all(rows, w_in, expert), activation), w_out, expert)
+
+    def wide(rows: Array, expert: Array) -> Array:
+        wide_in, wide_out = (dequantize(kernel, axes=(1,)).astype(rows.dtype) for kernel in (w_in, w_out))
+        return expert_products(wide_in, wide_out, rows, expert, activation)
+
+    R, X = len(rows), len(w_in.values)
+    if R <= X // 2:
+        return chosen(rows, expert)
+    if R * X > FEW_ROWS:
+        return wide(rows, expert)
+    return lax.platform_dependent(rows, expert, cpu=chosen if R <= X else wide, default=every)
 
 
 def places(group: Array, groups: int) -> tuple[Array, Array]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -47,6 +47,8 @@ class Arguments:
     """The same seed gives the same text."""
     stop: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="TEXT")] = ()
     """End before this text appears; repeat for several."""
+    weights: Literal["int8"] | None = None
+    """int8 quantises the weights, for half the memory; None leaves them in the model's compute dtype."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -77,9 +79,9 @@ def _complete(request: Arguments) -> None:
     options: dict[str, Any] = {
         field.name: getattr(request, field.name)
         for field in dataclasses.fields(request)
-        if field.name not in ("directory", "prompt")
+        if field.name not in ("directory", "prompt", "weights")
     }
-    model = LanguageModel.load(request.directory)
+    model = LanguageModel.load(request.directory, weights=request.weights)
     if len(request.prompt) * request.n == 1:
         del options["n"]
         pieces = model.stream(request.prompt[0], **options)

@@ -1,28 +1,20 @@
-"""A trained model that reads and writes text: load, save, logits, generate, stream.
+"""A trained model that reads and writes text: load, save, logits, prefill, generate, stream.
 
-There is one decode path. Prompts are padded on the left to a shape bucket and read into the cache (`decoding.prefill`),
-equal ones once; then the device draws tokens in chunks (`decoding.decode`), and the host turns each chunk into text,
-looking for stop strings. `generate` collects what `stream` hands out.
+There is one decode path. Prompts are read into a `bm_jax.state.State`, equal ones once; then the device draws tokens in chunks
+(`decoding.decode`), and the host turns each chunk into text, looking for stop strings. `generate` collects what `stream`
+hands out.
 
-Shapes come in buckets so that few programs are compiled: batches and prompts are padded to powers of two, prompts of
-more than `PIECE` tokens are read in pieces of that many, and the room that attention needs for keys is a power of two.
-
-A model directory is self-contained:
-
-    config.json      {"format": "blackmamba-jax model", "version": 2, "model": fields of ModelConfig}
-    tokenizer.json   see `bm_jax.data.tokenizer`
-    params/          float32 parameters, see `bm_jax.parameter_folder`
+Shapes come in buckets so that few programs are compiled: batches are padded to powers of two, prompts are read in pieces of
+`PIECE` tokens, the last one padded on the right to a power of two, and the room that attention needs for keys is one, too.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property, lru_cache, partial
+from collections.abc import Iterator, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -30,24 +22,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bm_jax import decoding
-from bm_jax.config import Config, ConfigError, ModelConfig, from_dict, to_dict
+from bm_jax import decoding, state
+from bm_jax.completion import Completion, Writer
+from bm_jax.config import ConfigError, ModelConfig
 from bm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from bm_jax.model import Parameters, forward, init_parameters, unroll, unrolled
 from bm_jax.model import logits as unembed
-from bm_jax.parameter_folder import load_parameters, save_parameters
-from bm_jax.sampling import Logprobs, SamplingConfig
-from bm_jax.sharding import parameter_shardings, path_name, with_shardings
+from bm_jax.model_directory import PARAMETERS, check_shapes, read_config, read_parameters, shapes_of, write_description
+from bm_jax.parameter_folder import save_parameters
+from bm_jax.quantize import Quantized, check_weights, quantize, quantize_parameter
+from bm_jax.sampling import SamplingConfig
+from bm_jax.sharding import parameter_shardings, with_shardings
+from bm_jax.state import State
 
-FORMAT, VERSION = "blackmamba-jax model", 2
-PARAMETERS = "params"
-SOURCE = "source.json"
-"""What importing a checkpoint keeps for the way back, see `convert`."""
-COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
-"""Files that come along as they are where an imported checkpoint has them: PyTorch code reads them."""
 PIECE = 2048
 """Longer prompts are read in pieces of this many tokens, with memory for one piece at a time."""
 SHORTEST_BUCKET = 16
+LONGEST = 65536
+"""Most tokens, by default, of a model with attention, and of `LanguageModel.logits`."""
 COMPUTE_KERNELS = frozenset(
     {"in_proj", "conv_weight", "conv_bias", "x_proj", "dt_proj", "out_proj"}
     | {"query", "key", "value", "out", "w_in", "w_out", "unembedding"}
@@ -55,29 +47,6 @@ COMPUTE_KERNELS = frozenset(
 """Parameters used in the compute dtype alone; casting them once changes no result."""
 
 Prompt = str | Sequence[int]
-
-
-@dataclasses.dataclass(frozen=True)
-class Completion:
-    """What the model wrote after one prompt."""
-
-    text: str
-    """Without the prompt, without the stop string."""
-    tokens: tuple[int, ...]
-    """Ids drawn, without the end-of-document id; with finish_reason "stop", up to the one that completed the string."""
-    finish_reason: Literal["stop", "length", "end"]
-    """A stop string or token, `max_tokens`, or the end-of-document id."""
-    logprobs: tuple[TokenLogprob, ...] | None = None
-    """Of each of `tokens`, where they were asked for."""
-
-
-class TokenLogprob(NamedTuple):
-    """What the model said of one token drawn, before bias, penalties and temperature."""
-
-    logprob: float
-    """Natural logarithm of its probability."""
-    top: tuple[tuple[int, float], ...]
-    """The most likely ids with theirs, best first."""
 
 
 class Piece(NamedTuple):
@@ -88,110 +57,6 @@ class Piece(NamedTuple):
     completion: Completion | None
 
 
-class Detokenizer:
-    """Ids to text bit by bit, never handing out a part of a character.
-
-    `push` returns the text that no later id can change; what it returned, followed by `flush`, is the text of all ids.
-    """
-
-    CONTEXT = 8
-    """Ids kept for what is decoded next: some tokenizers decode a first id differently."""
-
-    def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()) -> None:
-        self._tokenizer = tokenizer
-        self._ids = list(before[-self.CONTEXT :])
-        text = tokenizer.decode(self._ids)
-        self._done = text[: _settled(text)]
-
-    def push(self, ids: Sequence[int]) -> str:
-        """Text that `ids` settle."""
-        self._ids += ids
-        text = self._tokenizer.decode(self._ids)
-        settled = _settled(text)
-        if settled < len(text) and not text[:settled].startswith(self._done):
-            return ""  # a tokenizer that shows a whole run of bytes as broken until its last character is complete
-        piece, self._done = text[len(self._done) : settled], text[:settled]
-        if settled == len(text) and len(self._ids) > 4 * self.CONTEXT:
-            kept = self._tokenizer.decode(self._ids[-self.CONTEXT :])
-            if text.endswith(kept):
-                self._ids, self._done = self._ids[-self.CONTEXT :], kept
-        return piece
-
-    def flush(self) -> str:
-        """Text held back: at most a character that was never completed, as U+FFFD."""
-        text = self._tokenizer.decode(self._ids)
-        piece, self._done = text[len(self._done) :], text
-        return piece
-
-
-def _settled(text: str) -> int:
-    """Length of `text` without what may be the start of a character: up to three bytes, each shown as U+FFFD."""
-    end = len(text)
-    while end > max(0, len(text) - 3) and text[end - 1] == "\ufffd":
-        end -= 1
-    return end
-
-
-class Writer:
-    """Assembles one completion from the ids drawn: text, stop strings, end."""
-
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], config: SamplingConfig) -> None:
-        self._config, self._end = config, tokenizer.end_of_document
-        self._detokenizer = Detokenizer(tokenizer, prompt)
-        self._held = ""
-        self._written: list[str] = []
-        self._tokens: list[int] = []
-        self._logprobs: list[TokenLogprob] = []
-        self.completion: Completion | None = None
-
-    def push(self, ids: Sequence[int], logprobs: Logprobs | None = None) -> str:
-        """Take ids drawn (at most what is left of `max_tokens`) and the model's word on each, if asked for.
-
-        Returns the text that is certain now.
-        """
-        ids = list(ids)
-        if logprobs is not None and self._config.logprobs is not None:
-            for i in range(len(ids)):
-                top = zip(logprobs.top_ids[i].tolist(), logprobs.top[i].tolist(), strict=True)
-                likely = tuple(pair for pair in top if pair[1] > -math.inf)[: self._config.logprobs]
-                self._logprobs.append(TokenLogprob(float(logprobs.chosen[i]), likely))
-        ended = ids[-1] in (self._end, *self._config.stop_tokens) if ids else False
-        reason: Literal["end", "stop"] = "end" if ended and ids[-1] == self._end else "stop"
-        if ended:
-            ids.pop()
-        # With stop strings one at a time, to know which id completed one.
-        for part in [[i] for i in ids] if self._config.stop else [ids]:
-            self._tokens += part
-            if self._take(self._detokenizer.push(part)):
-                return self._release("stop")
-        if not ended and len(self._tokens) < self._config.max_tokens:
-            return self._release(None)
-        stopped = self._take(self._detokenizer.flush())
-        return self._release("stop" if stopped else reason if ended else "length")
-
-    def _take(self, text: str) -> bool:
-        """Append text to what is held; when that completes a stop string, cut there and say so."""
-        self._held += text
-        found = [(self._held.find(s) + len(s), self._held.find(s)) for s in self._config.stop if s in self._held]
-        if found:
-            self._held = self._held[: min(found)[1]]
-        return bool(found)
-
-    def _release(self, reason: Literal["stop", "length", "end"] | None) -> str:
-        """Hand out what is held, but for the start of a possible stop string while the completion goes on."""
-        keep = 0
-        if reason is None:
-            for s in self._config.stop:
-                keep = max([keep, *(n for n in range(1, len(s)) if self._held.endswith(s[:n]))])
-        cut = len(self._held) - keep
-        text, self._held = self._held[:cut], self._held[cut:]
-        self._written.append(text)
-        if reason is not None:
-            said = None if self._config.logprobs is None else tuple(self._logprobs[: len(self._tokens)])
-            self.completion = Completion("".join(self._written), tuple(self._tokens), reason, said)
-        return text
-
-
 class LanguageModel:
     """A model with its parameters and tokenizer.
 
@@ -200,8 +65,9 @@ class LanguageModel:
         parameters: as `init_parameters` makes them, kept as given; what runs is a copy cast for inference.
         tokenizer: its ids must fit `config.vocab_size`.
         max_prompt_tokens: a longer prompt is an error. A model with attention layers must hold prompt and completion
-            together within it.
+            together within it; None is `LONGEST` for these, and no limit for others.
         max_batch: prompts decoded at once; more are taken in turns.
+        weights: "int8" runs with the kernels of products in int8 (`bm_jax.quantize`), None with them in the compute dtype.
 
     Raises:
         ConfigError: the tokenizer has more ids than the embedding has rows, or the parameters are another model's.
@@ -213,8 +79,9 @@ class LanguageModel:
         parameters: Parameters,
         tokenizer: Tokenizer,
         *,
-        max_prompt_tokens: int = 65536,
+        max_prompt_tokens: int | None = None,
         max_batch: int = 64,
+        weights: Literal["int8"] | None = None,
     ) -> None:
         if tokenizer.vocab_size > config.vocab_size:
             raise ConfigError(
@@ -222,14 +89,25 @@ class LanguageModel:
                 "this is not the tokenizer that the model was trained with"
             )
         for name, value in (("max_prompt_tokens", max_prompt_tokens), ("max_batch", max_batch)):
-            if value < 1:
+            if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}")
-        check_shapes(config, _shapes(parameters))
+        check_weights(weights)
+        check_shapes(config, shapes_of(parameters))
+        self.weights: Literal["int8"] | None = weights
         self.config, self.parameters, self.tokenizer = config, parameters, tokenizer
+        if max_prompt_tokens is None and "attention" in config.kinds:
+            max_prompt_tokens = LONGEST
         self.max_prompt_tokens, self.max_batch = max_prompt_tokens, max_batch
 
     @classmethod
-    def load(cls, directory: str | os.PathLike[str], *, max_prompt_tokens: int = 65536, max_batch: int = 64) -> LanguageModel:
+    def load(
+        cls,
+        directory: str | os.PathLike[str],
+        *,
+        max_prompt_tokens: int | None = None,
+        max_batch: int = 64,
+        weights: Literal["int8"] | None = None,
+    ) -> LanguageModel:
         """Read a model directory (made by `save`) or the newest checkpoint of a training run's directory.
 
         Inside `jax.set_mesh(mesh)` with several devices, each reads and keeps its own shards of the parameters; use the
@@ -238,6 +116,7 @@ class LanguageModel:
         Raises:
             ConfigError: something is missing, damaged or of another shape; the message says what and where.
         """
+        check_weights(weights)
         path = Path(directory)
         config = read_config(path)
         tokenizer = load_tokenizer(path)
@@ -248,7 +127,7 @@ class LanguageModel:
         parameters = read_parameters(path, shards)
         if shards is None:  # the float32 originals wait on the host; the device holds only what inference reads
             parameters = jax.device_get(parameters)
-        return cls(config, parameters, tokenizer, max_prompt_tokens=max_prompt_tokens, max_batch=max_batch)
+        return cls(config, parameters, tokenizer, max_prompt_tokens=max_prompt_tokens, max_batch=max_batch, weights=weights)
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write a self-contained model directory, all or nothing.
@@ -269,9 +148,9 @@ class LanguageModel:
             shutil.rmtree(partial_path, ignore_errors=True)
 
     @cached_property
-    def _inference(self) -> tuple[Parameters, Parameters]:
+    def inference(self) -> tuple[Parameters, Parameters]:
         """`inference_parameters`, on the device."""
-        return inference_parameters(self.parameters, self.config)
+        return inference_parameters(self.parameters, self.config, self.weights)
 
     def logits(self, tokens: Any) -> np.ndarray:
         """Logits of the token after each token: float32 `[L, V]` for ids `[L]`, `[B, L, V]` for ids `[B, L]`.
@@ -290,17 +169,60 @@ class LanguageModel:
         _check_ids(ids, self.config.vocab_size, "logits")
         rows = np.atleast_2d(ids)
         B, L = rows.shape
-        self._check_length(L, "logits")
+        self._check_length(L, "logits", self.max_prompt_tokens or LONGEST)
         padded = np.zeros((_bucket(B), _bucket(L, SHORTEST_BUCKET)), np.int32)
         padded[:B, :L] = rows
         segment_ids = np.zeros_like(padded)
         segment_ids[:B, :L] = 1
-        values = np.asarray(_logits(*self._inference, padded, segment_ids, unrolled(self.config)))[:B, :L]
+        values = np.asarray(_logits(*self.inference, padded, segment_ids, unrolled(self.config)))[:B, :L]
         return values[0] if ids.ndim == 1 else values
+
+    def prefill(self, prompts: str | Sequence[Prompt], after: State | None = None) -> State:
+        """Read prompts and keep what the model knows of them, a row each, to `generate` from as often as wanted.
+
+        Args:
+            prompts: as for `generate`, of any lengths; memory does not grow with them but for attention.
+            after: what was read before, a row each or one for all; it stays as it is.
+
+        Raises:
+            ValueError: as from `generate`; or `after` has another number of rows.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        ids = [self.encode(prompt, f"prompt {row}") for row, prompt in enumerate(prompts)]
+        if not ids:
+            raise ValueError("prefill: there is no prompt")
+        if after is not None and len(after.recent) not in (1, len(ids)):
+            raise ValueError(f"prefill: got {len(ids)} prompts after a state of {len(after.recent)} rows")
+        read = self._read(ids, after)
+        return read if len(read.recent) == len(ids) else read.fork(range(len(ids)))
+
+    def step(self, after: State, tokens: Sequence[int]) -> State:
+        """Read one more id of each row."""
+        return self.prefill([[int(token)] for token in tokens], after)
+
+    def next_logits(self, after: State) -> np.ndarray:
+        """Logits of the next token of each row, float32 `[B, V]`."""
+        return np.asarray(_unembed(self.inference[1], after.hidden, self.config))
+
+    def save_state(self, kept: State, file: str | os.PathLike[str]) -> None:
+        """Write a state to a file, all or nothing; a file of that name is replaced."""
+        state.save(kept, file, self._digest)
+
+    def load_state(self, file: str | os.PathLike[str]) -> State:
+        """Read a state that `save_state` of this model wrote.
+
+        Raises:
+            ConfigError: it is damaged, or of another model, or not there.
+        """
+        return state.load(file, unrolled(self.config), self._digest)
+
+    @cached_property
+    def _digest(self) -> str:
+        return state.model_digest(self.parameters, self.config)
 
     def generate(
         self,
-        prompts: str | Sequence[Prompt],
+        prompts: str | Sequence[Prompt] | State,
         *,
         n: int = 1,
         seed: int | Sequence[int] = 0,
@@ -310,7 +232,7 @@ class LanguageModel:
         """Complete prompts, several at once; always a list, `n` completions a prompt in the prompts' order.
 
         Args:
-            prompts: a text, or a list of prompts of any lengths, each a text or a list of ids.
+            prompts: a text, or a list of prompts of any lengths, each a text or a list of ids; or what `prefill` read of them.
             n: completions of each prompt, which is read once; the later ones draw with the seeds that follow `seed`.
             seed: of the draws; a prompt gets the same text for the same seed, alone or among others. Give one a prompt
                 for different texts after equal prompts.
@@ -321,44 +243,65 @@ class LanguageModel:
             ValueError: a prompt that is empty, too long, not text or with ids out of range.
             ConfigError: (a ValueError) a sampling parameter out of range.
         """
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        seeds = [seed] * len(prompts) if isinstance(seed, int | np.integer) else list(seed)
-        if len(seeds) != len(prompts):
-            raise ConfigError(f"seed must be one integer or one a prompt: got {len(seeds)} for {len(prompts)} prompts")
+        source = [prompts] if isinstance(prompts, str) else prompts if isinstance(prompts, State) else list(prompts)
+        count = len(source.recent if isinstance(source, State) else source)
+        seeds = [seed] * count if isinstance(seed, int | np.integer) else list(seed)
+        if len(seeds) != count:
+            raise ConfigError(f"seed must be one integer or one a prompt: got {len(seeds)} for {count} prompts")
         if not isinstance(n, int) or n < 1:
             raise ConfigError(f"n must be a positive integer, got {n!r}")
         stop = (stop,) if isinstance(stop, str) else tuple(stop)
         configs = [SamplingConfig(seed=s, stop=stop, **options) for s in seeds]
         configs = [dataclasses.replace(c, seed=(int(c.seed) + i) % 2**32) for c in configs for i in range(n)]
+        rows = [row for row in range(count) for _ in range(n)]
         completions: dict[int, Completion] = {}
-        for piece in self._stream([prompt for prompt in prompts for _ in range(n)], configs):
+        for piece in self._stream(source.fork(rows) if isinstance(source, State) else [source[row] for row in rows], configs):
             if piece.completion is not None:
                 completions[piece.row] = piece.completion
         return [completions[row] for row in range(len(configs))]
 
-    def stream(self, prompt: Prompt, *, stop: str | Sequence[str] = (), **options: Any) -> Iterator[str]:
+    def stream(self, prompt: Prompt | State, *, stop: str | Sequence[str] = (), **options: Any) -> Iterator[str]:
         """Complete one prompt, yielding text as it comes; joined, it is the text that `generate` gives.
 
         A piece never ends within a character or a stop string. Arguments and errors are those of `generate`; errors
         are raised here, before the first piece is asked for.
         """
         stop = (stop,) if isinstance(stop, str) else tuple(stop)
-        pieces = self._stream([prompt], [SamplingConfig(stop=stop, **options)])
+        pieces = self._stream(prompt if isinstance(prompt, State) else [prompt], [SamplingConfig(stop=stop, **options)])
         return (piece.text for piece in pieces if piece.text)
 
-    def _stream(self, prompts: Sequence[Prompt], configs: Sequence[SamplingConfig]) -> Iterator[Piece]:
+    def _stream(self, prompts: Sequence[Prompt] | State, configs: Sequence[SamplingConfig]) -> Iterator[Piece]:
         """Check and encode every prompt, then decode them in turns of `max_batch`, those of similar length together."""
-        ids = [self._encode(prompt, row, config) for row, (prompt, config) in enumerate(zip(prompts, configs, strict=True))]
-        order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
+        for config in configs:
+            self.check_bias(config)
+        if isinstance(prompts, State):
+            if len(prompts.recent) != len(configs):
+                raise ValueError(f"stream: a state of {len(prompts.recent)} rows; take one of them by fork([row])")
+            ids, order = [], list(range(len(configs)))
+            for row in order if "attention" in self.config.kinds else ():
+                self._check_room(int(prompts.read[row]), configs[row].max_tokens, f"state row {row}")
+        else:
+            ids = [self.encode(prompt, f"prompt {row}", configs[row].max_tokens) for row, prompt in enumerate(prompts)]
+            order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
+
+        def begin(turn: list[int]) -> State:
+            if isinstance(prompts, State):
+                return prompts.fork(turn)
+            return self._read([ids[row] for row in turn], more=max(configs[row].max_tokens for row in turn))
+
         turns = [order[i : i + self.max_batch] for i in range(0, len(order), self.max_batch)]
         return (
             piece._replace(row=turn[piece.row])
             for turn in turns
-            for piece in self._decode([ids[row] for row in turn], [configs[row] for row in turn])
+            for piece in self._decode(begin(turn), [configs[row] for row in turn])
         )
 
-    def _encode(self, prompt: Prompt, row: int, config: SamplingConfig) -> list[int]:
-        where = f"prompt {row}"
+    def encode(self, prompt: Prompt, where: str, max_tokens: int = 0) -> list[int]:
+        """The ids of a prompt that is to be completed by up to `max_tokens`; `where` is its name in messages.
+
+        Raises:
+            ValueError: it is empty, too long, not text, or has ids out of range.
+        """
         if isinstance(prompt, str):
             try:
                 prompt.encode()
@@ -373,34 +316,48 @@ class LanguageModel:
         if not ids:
             raise ValueError(f"{where} is empty: a prompt needs at least one token, for example a line break")
         _check_ids(np.asarray(ids), self.tokenizer.vocab_size, where)
-        _check_ids(np.asarray(list(config.logit_bias), int), self.tokenizer.vocab_size, "logit_bias")
-        self._check_length(len(ids), where)
-        if "attention" in self.config.kinds and len(ids) + config.max_tokens > self.max_prompt_tokens:
-            raise ValueError(
-                f"{where} has {len(ids)} tokens and max_tokens is {config.max_tokens}, together more than the "
-                f"{self.max_prompt_tokens} that this model's attention holds; ask for fewer, or load the model with a "
-                "larger max_prompt_tokens"
-            )
+        self._check_length(len(ids), where, self.max_prompt_tokens)
+        if "attention" in self.config.kinds:
+            self._check_room(len(ids), max_tokens, where)
         return ids
 
-    def _check_length(self, length: int, where: str) -> None:
-        if length > self.max_prompt_tokens:
+    def check_bias(self, config: SamplingConfig) -> None:
+        """Raise ValueError unless the ids of `logit_bias` are the tokenizer's."""
+        _check_ids(np.asarray(list(config.logit_bias), int), self.tokenizer.vocab_size, "logit_bias")
+
+    def _check_length(self, length: int, where: str, most: int | None) -> None:
+        if most is not None and length > most:
             raise ValueError(
-                f"{where} has {length} tokens, more than the longest shape bucket of {self.max_prompt_tokens}; shorten "
+                f"{where} has {length} tokens, more than the longest shape bucket of {most}; shorten "
                 "it, or load the model with a larger max_prompt_tokens"
             )
 
-    def _decode(self, prompts: list[list[int]], configs: list[SamplingConfig]) -> Iterator[Piece]:
-        """The decode path: read one batch of prompts, draw tokens chunk by chunk, hand out text as it is certain."""
-        config, (parameters, head) = unrolled(self.config), self._inference
-        tokenizer, B = self.tokenizer, _bucket(len(prompts))
+    def _check_room(self, length: int, max_tokens: int, where: str) -> None:
+        if length + max_tokens > (self.max_prompt_tokens or LONGEST):
+            raise ValueError(
+                f"{where} has {length} tokens and max_tokens is {max_tokens}, together more than the "
+                f"{self.max_prompt_tokens} that this model's attention holds; ask for fewer, or load the model with a "
+                "larger max_prompt_tokens"
+            )
+
+    def _decode(self, read: State, configs: list[SamplingConfig]) -> Iterator[Piece]:
+        """The decode path: from what was read, draw tokens chunk by chunk, hand out text as it is certain."""
+        config, (parameters, head) = unrolled(self.config), self.inference
+        tokenizer, B = self.tokenizer, _bucket(len(configs))
+        recent = np.asarray(read.recent)
+        writers = [Writer(tokenizer, before[before >= 0].tolist(), c) for before, c in zip(recent, configs, strict=False)]
+        if len(read.recent) != B:
+            read = read.fork([*range(len(configs)), *[0] * (B - len(configs))])
+        if "attention" in self.config.kinds:
+            most = int(np.max(read.read)) + max(c.max_tokens for c in configs)
+            read = state.with_room(read, max(_bucket(most), state.room(read)))
         rows = decoding.make_rows(configs, B, end=tokenizer.end_of_document, vocab_size=tokenizer.vocab_size)
-        seen = decoding.seen_before(configs, prompts, B, config.vocab_size)
-        hidden, cache = self._read(parameters, prompts, max(c.max_tokens for c in configs))
-        index = np.zeros(B, np.int32)
-        token, seen, logprobs = decoding.choose(head, hidden, rows, index, seen, config)
+        number = jnp.zeros(B, jnp.int32)
+        seen = decoding.seen_before(configs, read.seen)
+        token, seen, logprobs = decoding.choose(head, read.hidden, rows, number, seen, config)
+        going = decoding.Going(read.cache, seen, token, number + 1, number > 0)
+        del read  # `decode` writes over the cache
         drawn, logprobs = np.asarray(token)[:, None], jax.tree.map(lambda leaf: leaf[:, None], logprobs)
-        writers = [Writer(tokenizer, prompt, c) for prompt, c in zip(prompts, configs, strict=True)]
         while True:
             logprobs = jax.device_get(logprobs)
             for row, writer in enumerate(writers):
@@ -413,49 +370,81 @@ class LanguageModel:
             alive[: len(writers)] = [writer.completion is None for writer in writers]
             if not alive.any():
                 return
-            last, index = np.where(alive, drawn[:, -1], 0), index + np.int32(drawn.shape[1])
-            drawn, logprobs, cache, seen = decoding.decode(parameters, head, cache, seen, rows, last, index, alive, config)
+            going = going._replace(alive=alive)
+            going, (drawn, logprobs) = decoding.decode(parameters, head, going, rows, decoding.CHUNK, config)
             drawn = np.asarray(drawn)
 
-    def _read(self, parameters: Parameters, prompts: list[list[int]], max_tokens: int) -> tuple[jax.Array, Any]:
-        """Prompts, padded on the left, into a new cache; the hidden values of their last tokens `[B, 1, M]`."""
-        distinct = list(dict.fromkeys(map(tuple, prompts)))
-        longest = max(map(len, distinct))
-        length = _bucket(longest, SHORTEST_BUCKET) if longest <= PIECE else -(-longest // PIECE) * PIECE
-        tokens = np.zeros((_bucket(len(distinct)), length), np.int32)
-        segment_ids = np.zeros_like(tokens)
-        for row, prompt in enumerate(distinct):
-            tokens[row, length - len(prompt) :] = prompt
-            segment_ids[row, length - len(prompt) :] = 1
-        room = _bucket(length + max_tokens) if "attention" in self.config.kinds else 0
-        config = unrolled(self.config)
-        cache = decoding.empty_cache(config, len(tokens), room)
-        hidden = None
-        for start in range(0, length, PIECE):
-            piece = slice(start, start + PIECE)
-            hidden, cache = decoding.prefill(parameters, tokens[:, piece], segment_ids[:, piece], cache, config)
-        assert hidden is not None
-        if len(distinct) == len(prompts):
-            return hidden, cache
-        places = {prompt: row for row, prompt in enumerate(distinct)}
-        rows = np.zeros(_bucket(len(prompts)), np.int32)
-        rows[: len(prompts)] = [places[tuple(prompt)] for prompt in prompts]
-        return hidden[rows], decoding.fork(cache, rows)
+    def _read(self, ids: list[list[int]], after: State | None = None, more: int = 0) -> State:
+        """Read ids, those of a row each, after a state of as many rows or of one; equal rows after one are read once.
+
+        Attention gets room for `more` tokens.
+
+        The state has a row for each, and rows of the bucket that mean nothing.
+        """
+        distinct = list(dict.fromkeys(map(tuple, ids))) if after is None or len(after.recent) == 1 else list(map(tuple, ids))
+        B, longest = _bucket(len(distinct)), max(map(len, distinct))
+        config, room = unrolled(self.config), 0
+        if "attention" in self.config.kinds:
+            padded = _bucket(longest, SHORTEST_BUCKET) if longest <= PIECE else -(-longest // PIECE) * PIECE
+            room = _bucket(padded + more + (0 if after is None else int(np.max(after.read))))
+        if after is None:
+            read = state.empty(config, B, room)
+        else:
+            given = [0] * B if len(after.recent) == 1 else [*range(len(ids)), *[0] * (B - len(ids))]
+            read = state.with_room(after.fork(given), max(room, state.room(after)))
+        least = 1 if longest == 1 and after is not None else SHORTEST_BUCKET
+        for tokens, lengths in pieces(distinct, B, PIECE, least):
+            read = state.read_on(self.inference[0], read, tokens, lengths, config)
+        if len(distinct) == len(ids):
+            return read
+        places = {row: place for place, row in enumerate(distinct)}
+        return read.fork([places[tuple(row)] for row in ids])
 
 
-def inference_parameters(parameters: Parameters, config: ModelConfig) -> tuple[Parameters, Parameters]:
-    """Parameters of `unrolled(config)` and of the unembedding, cast to the compute dtype where that changes nothing."""
+def pieces(rows: Sequence[Sequence[int]], batch: int, piece: int, least: int) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+    """Rows of ids in pieces of `least` to `piece` tokens, powers of two, that `state.read_on` takes.
+
+    Each is tokens `[batch, L]` and how many of each row are meant `[batch]`, None for all.
+    """
+    longest, start = max(map(len, rows)), 0
+    while start < longest:
+        size = min(piece, _bucket(longest - start, least))
+        tokens, lengths = np.zeros((batch, size), np.int32), np.zeros(batch, np.int32)
+        for row, ids in enumerate(rows):
+            part = ids[start : start + size]
+            tokens[row, : len(part)], lengths[row] = part, len(part)
+        whole = size in (1, piece) and (lengths == size).all()
+        yield tokens, None if whole else lengths
+        start += size
+
+
+def inference_parameters(
+    parameters: Parameters, config: ModelConfig, weights: Literal["int8"] | None = None
+) -> tuple[Parameters, Parameters]:
+    """Parameters of `unrolled(config)` and of the unembedding, cast to the compute dtype where that changes nothing.
+
+    With weights "int8" the kernels of products are `bm_jax.quantize.Quantized`.
+    """
     dtype = jnp.dtype(config.compute_dtype)
 
     def place(path: tuple[Any, ...], leaf: Any) -> Any:
         leaf = jnp.asarray(leaf)
+        if weights == "int8" and isinstance(kernel := quantize_parameter(path, leaf), Quantized):
+            return kernel
         return leaf.astype(dtype) if path[-1].key in COMPUTE_KERNELS else leaf
 
     parameters = unroll(parameters, config)
     parameters = jax.tree_util.tree_map_with_path(place, parameters)
     # The residual stream starts from the embedding as it is; as an unembedding it is used in the compute dtype.
     name = "embedding" if config.tie_embeddings else "unembedding"
+    if weights == "int8":
+        return parameters, {name: quantize(parameters[name], axes=(1,)) if config.tie_embeddings else parameters[name]}
     return parameters, {name: parameters[name].astype(dtype)}
+
+
+@partial(jax.jit, static_argnames=("config",))
+def _unembed(head: Parameters, hidden: jax.Array, config: ModelConfig) -> jax.Array:
+    return unembed(head, hidden, config)[:, -1].astype(jnp.float32)
 
 
 @partial(jax.jit, static_argnames=("config",))
@@ -475,102 +464,3 @@ def _check_ids(ids: np.ndarray, size: int, where: str) -> None:
     wrong = ids[(ids < 0) | (ids >= size)]
     if wrong.size:
         raise ValueError(f"{where} contains token id {wrong.flat[0]}, outside the range 0 to {size - 1}")
-
-
-def _shapes(parameters: Parameters) -> dict[str, tuple[int, ...]]:
-    leaves = jax.tree_util.tree_leaves_with_path(parameters)
-    return {path_name(path): np.shape(leaf) for path, leaf in leaves}
-
-
-@lru_cache
-def _expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    return _shapes(jax.eval_shape(lambda: init_parameters(config, jax.random.key(0))))
-
-
-def check_shapes(config: ModelConfig, found: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise ConfigError unless parameters of these shapes by path are those of `config`."""
-    expected = _expected_shapes(config)
-    for name in sorted(expected.keys() | found.keys()):
-        if expected.get(name) != found.get(name):
-            raise ConfigError(
-                f"the parameters are not those of the configuration: {name} should be {expected.get(name, 'absent')}, "
-                f"is {found.get(name, 'absent')}"
-            )
-
-
-def read_config(directory: str | os.PathLike[str]) -> ModelConfig:
-    """The model that a model directory or a training run's directory holds.
-
-    Raises:
-        ConfigError: neither, or its config.json is damaged or of another version.
-    """
-    return _read_config(Path(directory))[0]
-
-
-def read_parameters(directory: str | os.PathLike[str], abstract: Any = None) -> Parameters:
-    """The parameters of a model directory, or of a training run's newest checkpoint.
-
-    With `abstract` (a pytree of `jax.ShapeDtypeStruct`) they get its structure and shardings, each device reading its own
-    shards; without, they are on the first device.
-
-    Raises:
-        ConfigError: something is missing, damaged or of another shape; the message says what and where.
-    """
-    path = Path(directory)
-    folder = parameters_of(path)
-    if folder is not None:
-        return load_parameters(folder, abstract)
-    from bm_jax.checkpoint import restore_parameters  # slow to import
-
-    return restore_parameters(path, abstract)
-
-
-def parameters_of(directory: Path) -> Path | None:
-    """The folder of a model directory's parameters; None for a training run's directory, which has checkpoints.
-
-    Raises:
-        ConfigError: neither, or something is missing or damaged.
-    """
-    if _read_config(directory)[1]:
-        return None
-    if not (directory / PARAMETERS).is_dir():
-        raise ConfigError(f"{directory} has no {PARAMETERS} folder: the model directory is incomplete")
-    return directory / PARAMETERS
-
-
-def bring_companions(source: Path, destination: Path, names: Sequence[str] = COMPANIONS) -> None:
-    """Copy those of these files that there are."""
-    for name in names:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, destination / name)
-
-
-def write_description(directory: Path, config: ModelConfig, tokenizer: Tokenizer) -> None:
-    """What a model directory holds beside the parameters."""
-    tokenizer.save(directory)
-    wrapped = {"format": FORMAT, "version": VERSION, "model": to_dict(config)}
-    (directory / "config.json").write_text(json.dumps(wrapped, indent=2) + "\n", encoding="utf-8")
-
-
-def _read_config(path: Path) -> tuple[ModelConfig, bool]:
-    """The model that a directory holds, and whether it is a training run's."""
-    file = path / "config.json"
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        what = "no config.json in it" if path.is_dir() else "no such directory"
-        raise ConfigError(f"{path} is neither a model nor a run directory: {what}") from None
-    except NotADirectoryError:
-        raise ConfigError(f"{path} is a file; give the directory of a model or of a training run") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} is damaged: it is not JSON ({error})") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{file} must hold a JSON object, found {type(values).__name__}")
-    if "format" not in values:
-        return from_dict(Config, values, where=f"{file}: Config").model, True
-    if values["format"] != FORMAT or values.get("version") != VERSION:
-        raise ConfigError(
-            f"{file} has format {values['format']!r} version {values.get('version')!r}; this program reads "
-            f"{FORMAT!r} version {VERSION}"
-        )
-    return from_dict(ModelConfig, values.get("model"), where=f"{file}: model"), False

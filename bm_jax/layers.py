@@ -10,6 +10,7 @@ from jax import Array
 
 from bm_jax.config import GATED_ACTIVATIONS, Activation, ModelConfig
 from bm_jax.initialization import Parameter, linear
+from bm_jax.quantize import Quantized, product
 from bm_jax.shapes import Hidden
 
 
@@ -25,7 +26,9 @@ class Context(NamedTuple):
     continues: Array
     """`[B]`, whether the first token continues the document that the cache holds."""
     cached: Array
-    """Tokens fed to the cache before these, a scalar; 0 without a cache."""
+    """Tokens fed to the cache before these `[B]`; 0 without a cache."""
+    lengths: Array | None = None
+    """How many of the tokens are fed `[B]`, the first ones; what comes after changes no cache. None for all."""
 
 
 def rms_norm(x: Array, scale: Array, eps: float) -> Array:
@@ -41,9 +44,14 @@ def layer_norm(x: Array, scale: Array, bias: Array, eps: float) -> Array:
     return rms_norm(x, scale, eps) + bias
 
 
-def project(x: Array, kernel: Array, dtype: jnp.dtype) -> Array:
-    """Contract the last axis of x with the first of kernel, both cast to `dtype`, to `[..., *kernel.shape[1:]]`."""
-    return jnp.tensordot(x.astype(dtype), kernel.astype(dtype), axes=1)
+def project(x: Array, kernel: Array | Quantized, dtype: jnp.dtype, *, axes: int = 1, result: jnp.dtype | None = None) -> Array:
+    """Contract the last `axes` axes of x with the first of kernel, both cast to `dtype`, to `[..., *kernel.shape[axes:]]`.
+
+    The dtype of what is returned is `result`, or `dtype` where that is None.
+    """
+    if isinstance(kernel, Quantized):
+        return product(x.astype(dtype), kernel, axes).astype(result or dtype)
+    return jnp.tensordot(x.astype(dtype), kernel.astype(dtype), axes=axes, preferred_element_type=result)
 
 
 def hidden_shape(width: int, activation: Activation) -> tuple[int, ...]:

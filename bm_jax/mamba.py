@@ -14,6 +14,9 @@ from bm_jax.layers import Context, project, rms_norm
 from bm_jax.sequence_parallel import causal_conv, selective_scan
 from bm_jax.shapes import Hidden
 
+NO_STEP = -100.0
+"""A dt, before softplus, of nothing: e^(softplus(-100) A) is 1 to the last bit, in float64 too."""
+
 
 def mamba_parameters(config: ModelConfig) -> dict[str, Parameter]:
     """Parameters of the mixer; `in_proj[:, 0]` makes the scan's input and `in_proj[:, 1]` the gate."""
@@ -64,18 +67,21 @@ def mamba(
     u, z = xz[:, :, 0], xz[:, :, 1]
     with jax.named_scope("conv"):
         weight, bias = parameters["conv_weight"].astype(dtype), parameters["conv_bias"].astype(dtype)
+        before, first_taps = u, taps
         u, taps = causal_conv(u, weight, bias, initial_state=taps, segment_ids=context.segment_ids)
+        if context.lengths is not None:
+            assert first_taps is not None
+            taps = _taps_after(first_taps, before, context.lengths)
         u = jax.nn.silu(u)
     low_rank, B, C = jnp.split(project(u, parameters["x_proj"], dtype), [R, R + N], axis=-1)
     if config.mamba.inner_norms:
         low_rank = rms_norm(low_rank, parameters["dt_norm"], config.norm_eps)
         B = rms_norm(B, parameters["B_norm"], config.norm_eps)
         C = rms_norm(C, parameters["C_norm"], config.norm_eps)
-    dt = jnp.dot(
-        low_rank.astype(dtype),
-        parameters["dt_proj"].astype(dtype),
-        preferred_element_type=jnp.promote_types(dtype, jnp.float32),
-    )
+    dt = project(low_rank, parameters["dt_proj"], dtype, result=jnp.promote_types(dtype, jnp.float32))
+    if context.lengths is not None:  # a step of length zero leaves the state as it is
+        fed = (jnp.arange(x.shape[1]) < context.lengths[:, None])[..., None]
+        u, dt = jnp.where(fed, u, 0), jnp.where(fed, dt, NO_STEP - parameters["dt_bias"])
     with jax.named_scope("scan"):
         y, state = selective_scan(
             u,
@@ -91,3 +97,10 @@ def mamba(
         )
     y = project(y, parameters["out_proj"], dtype)
     return y, None if cache is None else {"conv": taps, "state": state}
+
+
+def _taps_after(taps: Array, x: Array, lengths: Array) -> Array:
+    """The last K - 1 of `taps` `[B, K - 1, E]` and the first `lengths` `[B]` of `x` `[B, L, E]`."""
+    line = jnp.concatenate([taps, x.astype(taps.dtype)], axis=1)
+    cut = jax.vmap(lambda row, at: jax.lax.dynamic_slice_in_dim(row, at, taps.shape[1], axis=0))
+    return cut(line, lengths)

@@ -20,7 +20,7 @@ from bm_jax.attention import attention, attention_parameters
 from bm_jax.cache import Cache
 from bm_jax.config import ModelConfig
 from bm_jax.initialization import Parameter, normal, ones, zeros
-from bm_jax.layers import Context, layer_norm, mlp, mlp_parameters, rms_norm
+from bm_jax.layers import Context, layer_norm, mlp, mlp_parameters, project, rms_norm
 from bm_jax.mamba import mamba, mamba_parameters
 from bm_jax.moe import moe, moe_parameters
 from bm_jax.routing import Statistics
@@ -123,7 +123,13 @@ class Model(nn.Module):
     remat: str = "none"
 
     @nn.compact
-    def __call__(self, tokens: Tokens, segment_ids: SegmentIds | None = None, cache: Cache | None = None) -> Output:
+    def __call__(
+        self,
+        tokens: Tokens,
+        segment_ids: SegmentIds | None = None,
+        cache: Cache | None = None,
+        lengths: Array | None = None,
+    ) -> Output:
         config = self.config
         ends = {"embedding": normal((config.vocab_size, config.width), config.initializer_range)}
         ends["final_norm"] = ones((config.width,))
@@ -133,7 +139,7 @@ class Model(nn.Module):
             ends["unembedding"] = normal((config.width, config.vocab_size), config.initializer_range)
         parameters = _declare(self, ends)
 
-        context = _context(tokens, segment_ids, cache)
+        context = _context(tokens, segment_ids, cache, lengths)
         residual = parameters["embedding"][tokens].astype(config.residual_dtype)
         residual = constrain(residual, "batch", "sequence", None)
         period = Period
@@ -158,7 +164,9 @@ class Model(nn.Module):
             statistics = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), statistics)
         if cache is not None:
             segment = cache.segment if segment_ids is None else segment_ids[:, -1]
-            cache = Cache(layers, segment, context.positions[:, -1] + 1, cache.length + tokens.shape[1])
+            fed = tokens.shape[1] if lengths is None else lengths
+            positions = context.positions[:, -1] + 1 + (fed - tokens.shape[1])
+            cache = Cache(layers, segment, positions, cache.length + fed)
         return Output(hidden.astype(config.compute_dtype), cache, statistics)
 
 
@@ -169,7 +177,7 @@ def _declare(module: nn.Module, declarations: dict[str, Parameter]) -> dict[str,
     }
 
 
-def _context(tokens: Array, segment_ids: Array | None, cache: Cache | None) -> Context:
+def _context(tokens: Array, segment_ids: Array | None, cache: Cache | None, lengths: Array | None) -> Context:
     """Positions within documents, and how these tokens continue the cache."""
     B, L = tokens.shape
     index = jnp.broadcast_to(jnp.arange(L), (B, L))
@@ -178,7 +186,7 @@ def _context(tokens: Array, segment_ids: Array | None, cache: Cache | None) -> C
         starts = starts.at[:, 1:].set(segment_ids[:, 1:] != segment_ids[:, :-1])
     first = jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
     positions = index - first
-    continues, cached = jnp.ones(B, bool), jnp.zeros((), jnp.int32)
+    continues, cached = jnp.ones(B, bool), jnp.zeros(B, jnp.int32)
     if cache is not None:
         cached = cache.length
         if segment_ids is not None:
@@ -186,7 +194,9 @@ def _context(tokens: Array, segment_ids: Array | None, cache: Cache | None) -> C
         before = jnp.where(continues, cache.positions, 0)
         positions = jnp.where(first == 0, positions + before[:, None], positions)
     mask = None if segment_ids is None else segment_ids != 0
-    return Context(segment_ids, mask, positions, continues, cached)
+    if lengths is not None:
+        mask = index < lengths[:, None]
+    return Context(segment_ids, mask, positions, continues, cached, lengths)
 
 
 def init_parameters(config: ModelConfig, key: Array) -> Parameters:
@@ -201,6 +211,7 @@ def forward(
     *,
     segment_ids: SegmentIds | None = None,
     cache: Cache | None = None,
+    lengths: Array | None = None,
     training: bool = False,
     remat: str = "none",
     key: Array | None = None,
@@ -213,6 +224,8 @@ def forward(
         config: the model.
         segment_ids: `[B, L]`, see `bm_jax.shapes`; None for one document a row (continuing the cache's).
         cache: what earlier tokens left; the first token continues its document if it has its segment id.
+        lengths: how many tokens of each row are fed `[B]`, the first ones; those after them are padding and change no cache.
+            None for all. Needs a cache, without segment_ids.
         training: route as in training (Sinkhorn sees the whole batch, future included) instead of inference.
         remat: what the backward pass recomputes in each period: none, dots or full.
         key: for router input jitter; needed only when that is on in training.
@@ -221,8 +234,11 @@ def forward(
         raise ValueError("forward: training with moe.input_jitter draws noise; give a key")
     if config.compute_dtype == "float64" and not jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]
         raise ValueError("forward: compute_dtype float64 needs jax.config.update('jax_enable_x64', True) first")
+    if lengths is not None and (cache is None or segment_ids is not None):
+        raise ValueError("forward: lengths are of tokens fed to a cache; give a cache, and no segment_ids")
     rngs = None if key is None else {"jitter": key}
-    return cast(Output, Model(config, training, remat).apply({"params": parameters}, tokens, segment_ids, cache, rngs=rngs))
+    model = Model(config, training, remat)
+    return cast(Output, model.apply({"params": parameters}, tokens, segment_ids, cache, lengths, rngs=rngs))
 
 
 def logits(parameters: Parameters, hidden: Hidden, config: ModelConfig) -> Logits:
@@ -230,7 +246,7 @@ def logits(parameters: Parameters, hidden: Hidden, config: ModelConfig) -> Logit
     kernel = parameters["embedding"].T if config.tie_embeddings else parameters["unembedding"]
     dtype = jnp.dtype(config.compute_dtype)
     with jax.named_scope("unembedding"):
-        return jnp.dot(hidden.astype(dtype), kernel.astype(dtype), preferred_element_type=jnp.promote_types(dtype, jnp.float32))
+        return project(hidden, kernel, dtype, result=jnp.promote_types(dtype, jnp.float32))
 
 
 def unrolled(config: ModelConfig) -> ModelConfig:

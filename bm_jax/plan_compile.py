@@ -159,21 +159,26 @@ def trace_train(config: Config, mesh: Any) -> tuple[Any, tuple[Any, ...], dict[s
 
 def trace_prefill(config: Config, mesh: Any) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     """Reading a piece of `data.sequence_length` tokens of each of `data.batch_size` prompts into an empty cache."""
-    from bm_jax.decoding import prefill
+    import jax.numpy as jnp
+
     from bm_jax.model import unrolled
+    from bm_jax.state import RECENT, State, read_on
 
     parameters, head, cache, row = _inference(config, mesh)
-    tokens = row((config.data.batch_size, config.data.sequence_length), "int32")
+    B, model = config.data.batch_size, config.model
+    hidden, seen = row((B, 1, model.width), jnp.dtype(model.compute_dtype)), row((B, model.vocab_size), "bool")
+    state = State(cache, hidden, seen, row((B, RECENT), "int32"))
+    tokens = row((B, config.data.sequence_length), "int32")
     kinds = {"parameters": parameters, "cache": cache}
     del head  # prefill stops before the unembedding
-    return prefill, (parameters, tokens, tokens, cache, unrolled(config.model)), kinds
+    return read_on, (parameters, state, tokens, None, unrolled(model)), kinds
 
 
 def trace_decode(config: Config, mesh: Any) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     """Drawing `bm_jax.decoding.CHUNK` tokens after each of `data.batch_size` prompts."""
     import jax
 
-    from bm_jax.decoding import decode, make_rows
+    from bm_jax.decoding import CHUNK, Going, decode, make_rows
     from bm_jax.model import unrolled
 
     parameters, head, cache, row = _inference(config, mesh)
@@ -182,7 +187,8 @@ def trace_decode(config: Config, mesh: Any) -> tuple[Any, tuple[Any, ...], dict[
     rows = jax.tree.map(lambda leaf: row(leaf.shape, leaf.dtype), plain)
     kinds = {"parameters": (parameters, head), "cache": cache}
     number, alive = row(size, "int32"), row(size, "bool")
-    return decode, (parameters, head, cache, None, rows, number, number, alive, unrolled(config.model)), kinds
+    going = Going(cache, None, number, number, alive)
+    return decode, (parameters, head, going, rows, CHUNK, unrolled(config.model)), kinds
 
 
 def _inference(config: Config, mesh: Any) -> tuple[Any, Any, Any, Any]:
@@ -209,7 +215,7 @@ def _inference(config: Config, mesh: Any) -> tuple[Any, Any, Any, Any]:
         return jax.tree.map(lambda leaf, to: place(leaf, to.spec), tree, parameter_shardings(tree, mesh))
 
     def row(shape: tuple[int, ...], dtype: str) -> Any:
-        return place(jax.ShapeDtypeStruct(shape, dtype), layout(shape, *("batch", None)[: len(shape)]))
+        return place(jax.ShapeDtypeStruct(shape, dtype), layout(shape, *("batch", None, None)[: len(shape)]))
 
     with jax.set_mesh(mesh):
 

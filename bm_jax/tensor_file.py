@@ -96,6 +96,7 @@ class TensorFile:
                 self._descriptor = os.dup(raw.fileno())
         except (OSError, ValueError, safetensors.SafetensorError) as error:
             raise TensorFileError(f"{path} is not a readable safetensors file: {error}") from None
+        self.metadata: dict[str, str] = header.get("__metadata__", {})
         self.tensors: dict[str, Kind] = {}
         self._starts: dict[str, int] = {}
         for name in names:

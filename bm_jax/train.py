@@ -115,7 +115,7 @@ class Run:
         if restored is None:
             state = self.initialize()
             if self.config.run.init_from is not None:
-                from bm_jax.language_model import read_parameters
+                from bm_jax.model_directory import read_parameters
 
                 jax.tree.map(lambda leaf: leaf.delete(), state.params)  # no room for both may be left
                 state = state.replace(params=read_parameters(self.config.run.init_from, self.abstract.params))
@@ -355,7 +355,7 @@ def _write_description(config: Config, data: Data, directory: Path) -> None:
     """config.json and tokenizer.json, each replaced whole or not at all, and what a model to start from was imported with."""
     data.tokenizer.save(directory)
     if config.run.init_from is not None:
-        from bm_jax.language_model import COMPANIONS, SOURCE, bring_companions
+        from bm_jax.model_directory import COMPANIONS, SOURCE, bring_companions
 
         bring_companions(Path(config.run.init_from), directory, (SOURCE, *COMPANIONS))
     write_durably(directory / "config.json", json.dumps(to_dict(config), indent=2) + "\n")

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, Protocol
 import ml_dtypes
 import numpy as np
 
-from bm_jax.language_model import PARAMETERS
+from bm_jax.model_directory import PARAMETERS
 from bm_jax.parameter_folder import FILE
 from bm_jax.sealed_folder import sync
 from bm_jax.tensor_file import Kind, Memory, TensorFile, TensorFileError, each_once, write_tensor_file

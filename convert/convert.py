@@ -24,7 +24,9 @@ from tqdm import tqdm
 
 from bm_jax.config import ConfigError, ModelConfig
 from bm_jax.data.tokenizer import Tokenizer, load_tokenizer
-from bm_jax.language_model import (
+from bm_jax.leaves import CheckpointError, leaves_of
+from bm_jax.model import count_parameters
+from bm_jax.model_directory import (
     PARAMETERS,
     SOURCE,
     bring_companions,
@@ -34,8 +36,6 @@ from bm_jax.language_model import (
     read_parameters,
     write_description,
 )
-from bm_jax.leaves import CheckpointError, leaves_of
-from bm_jax.model import count_parameters
 from bm_jax.parameter_folder import open_parameters, write_parameters
 from bm_jax.tensor_file import Kind, Memory
 from convert.archives import DTYPES, NAMES, Archive, ArchiveError, import_torch, open_archive, read_json, write_archive

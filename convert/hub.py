@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from bm_jax.language_model import COMPANIONS
+from bm_jax.model_directory import COMPANIONS
 from convert.archives import NAMES, ArchiveError
 
 DESCRIPTION = ("config.json", "tokenizer.json", *COMPANIONS)

@@ -54,6 +54,13 @@ import jax  # noqa: E402
 ROOT = Path(__file__).resolve().parent.parent
 
 
+@pytest.fixture(autouse=True, scope="module")
+def forget_compiled():
+    """Drop a module's compiled programs after it: each keeps some memory maps, and Linux allows a process 65,530."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def x64():
     """float64 inside the test."""

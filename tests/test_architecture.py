@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MODEL_FILES = {
     f"bm_jax.{name}"
     for name in ("shapes", "initialization", "layers", "mamba", "attention", "routing", "moe", "cache", "model", "sharding",
-                 "sequence_parallel", "experts", "expert_exchange", "expert_parallel", "decode_step")
+                 "sequence_parallel", "experts", "expert_exchange", "expert_parallel", "decode_step", "quantize")
 }  # fmt: skip
 
 
@@ -85,7 +85,7 @@ def test_presets_see_only_the_configuration(name):
 @pytest.mark.parametrize("name", [name for name in SOURCES if within(name, "convert")])
 def test_converters_see_only_what_a_model_directory_is(name):
     files = ("leaves", "parameter_folder", "sealed_folder", "tensor_file")
-    allowed = ("config", *files, "checkpoint", "model", "language_model", "sharding", "data.tokenizer", "data.errors")
+    allowed = ("config", *files, "checkpoint", "model", "model_directory", "sharding", "data.tokenizer", "data.errors")
     for imported in imports(SOURCES[name]):
         if within(imported, "bm_jax"):
             assert within(imported, *(f"bm_jax.{module}" for module in allowed)), imported

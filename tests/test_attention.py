@@ -73,7 +73,7 @@ def oracle(parameters, x, config, ids):
 def context(ids):
     ids = jnp.asarray(ids)
     positions = jnp.asarray(document_positions(np.asarray(ids)))
-    return Context(ids, ids != 0, positions, jnp.ones(B, bool), jnp.zeros((), jnp.int32))
+    return Context(ids, ids != 0, positions, jnp.ones(B, bool), jnp.zeros(B, jnp.int32))
 
 
 @pytest.mark.parametrize("packed", [False, True])

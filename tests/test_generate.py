@@ -22,28 +22,26 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_models import BYTE, FAMILIES, random_parameters, tiny_config, tiny_model
 
-from bm_jax import decoding, generate, language_model
+from bm_jax import decoding, generate, language_model, state
+from bm_jax.cache import init_cache
 from bm_jax.checkpoint import CheckpointError, Checkpoints
+from bm_jax.completion import Completion, Detokenizer, Writer
 from bm_jax.config import (
-    AttentionConfig,
     Config,
     ConfigError,
-    MambaConfig,
     MlpConfig,
     ModelConfig,
-    MoeConfig,
     to_dict,
 )
 from bm_jax.data.tokenizer import ByteTokenizer, JsonTokenizer
-from bm_jax.language_model import Completion, Detokenizer, LanguageModel, Writer
-from bm_jax.model import forward, init_parameters
+from bm_jax.language_model import LanguageModel
+from bm_jax.model import forward
 from bm_jax.model import logits as unembed
 from bm_jax.sampling import SamplingConfig
 
 ROOT = Path(__file__).resolve().parent.parent
-FAMILIES = [("mamba", "moe"), ("mamba",), ("attention", "mlp"), ("mamba+moe", "attention")]
-BYTE = ByteTokenizer()
 compilations = 0
 
 
@@ -61,43 +59,6 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
-
-
-def tiny_config(layers=("mamba", "moe"), **values) -> ModelConfig:
-    defaults = {
-        "width": 32,
-        "repeats": 2,
-        "vocab_size": 260,
-        "mamba": MambaConfig(state_size=4),
-        "attention": AttentionConfig(heads=4, kv_heads=2),
-        "mlp": MlpConfig(width=48),
-        "moe": MoeConfig(experts=4, width=24),
-        "tie_embeddings": False,
-        "compute_dtype": "float32",
-    }
-    return ModelConfig(layers=layers, **(defaults | values))
-
-
-def random_parameters(config: ModelConfig):
-    """Random float32 parameters, drawn by NumPy: compiling `init_parameters` would take most of the time."""
-    rng = np.random.default_rng(0)
-
-    def leaf(path, shape):
-        name = path[-1].key
-        if name == "A_log":
-            value = np.broadcast_to(np.log(np.arange(1, shape.shape[-1] + 1)), shape.shape)
-        elif name == "dt_bias":
-            value = rng.uniform(-5, -1, shape.shape)
-        else:
-            value = rng.normal(size=shape.shape) * (0.3 if path[0].key == "periods" else 0.5)
-            value += name == "D" or name.endswith("norm")
-        return np.asarray(value, np.float32)
-
-    return jax.tree_util.tree_map_with_path(leaf, jax.eval_shape(lambda: init_parameters(config, jax.random.key(0))))
-
-
-def tiny_model(config: ModelConfig, **values) -> LanguageModel:
-    return LanguageModel(config, random_parameters(config), BYTE, **values)
 
 
 @partial(jax.jit, static_argnames="config")
@@ -241,11 +202,12 @@ def test_the_device_stops_when_every_row_has_ended(story):
     rows = decoding.make_rows([SamplingConfig(max_tokens=4), SamplingConfig()], 2, end=256, vocab_size=257)
     token = np.array([chain[0], chain[-4]])
     index, alive = np.array([1, 1]), np.array([True, True])
-    cache = decoding.empty_cache(TABLE, 2, 0)
-    drawn, _, cache, _ = decoding.decode(*model._inference, cache, None, rows, token, index, alive, TABLE)
+    cache = init_cache(TABLE, 2)
+    going = decoding.Going(cache, None, token, index, alive)
+    going, (drawn, _) = decoding.decode(*model.inference, going, rows, decoding.CHUNK, TABLE)
     assert np.asarray(drawn)[:, :4].tolist() == [[*chain[1:4], -1], [*chain[-3:], -1]]
     assert (np.asarray(drawn)[:, 3:] == -1).all()
-    assert int(cache.length) == 3
+    assert going.cache.length.tolist() == [3, 3]
 
 
 # --- what may be asked of a completion -------------------------------------------------------------------------------
@@ -343,8 +305,8 @@ def test_samples_of_one_prompt_are_those_of_the_seeds_that_follow(family):
 
 def test_equal_prompts_are_read_once(model, monkeypatch):
     rows = []
-    prefill = decoding.prefill
-    monkeypatch.setattr(decoding, "prefill", lambda p, tokens, *rest: rows.append(len(tokens)) or prefill(p, tokens, *rest))
+    read = state.read_on
+    monkeypatch.setattr(state, "read_on", lambda p, s, tokens, *rest: rows.append(len(tokens)) or read(p, s, tokens, *rest))
     model.generate(["same", "other", "same"], n=8, max_tokens=2)
     assert rows == [2]
 
@@ -398,7 +360,7 @@ def test_casting_once_changes_no_result(layers, tied):
     model = tiny_model(config)
     ids = np.random.default_rng(0).integers(0, 260, (4, 16))
     np.testing.assert_allclose(model.logits(ids), full_forward(model.parameters, ids, config), rtol=1e-5, atol=1e-5)
-    parameters, head = model._inference
+    parameters, head = model.inference
     dtypes = {path[-1].key: str(leaf.dtype) for path, leaf in jax.tree_util.tree_leaves_with_path(parameters)}
     exact = {"A_log", "D", "dt_bias", "norm", "router", "router_bias", "final_norm", "final_norm_bias", "embedding"}
     assert {name for name, dtype in dtypes.items() if dtype == "float32"} == exact & dtypes.keys()
