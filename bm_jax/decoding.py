@@ -18,6 +18,7 @@ from jax import Array
 
 from bm_jax.cache import Cache
 from bm_jax.config import ModelConfig
+from bm_jax.decode_step import Kernel, advance
 from bm_jax.model import Parameters, forward
 from bm_jax.model import logits as unembed
 from bm_jax.sampling import Logprobs, SamplingConfig, Seen, add_bias, log_probabilities, penalize, row_keys, sample
@@ -154,9 +155,15 @@ class Drawn(NamedTuple):
     """Arrays `[B, CHUNK, ...]`, where they are asked for."""
 
 
-@partial(jax.jit, static_argnames=("config",), donate_argnames=("going",))
+@partial(jax.jit, static_argnames=("config", "kernel"), donate_argnames=("going",))
 def decode(
-    parameters: Parameters, head: Parameters, going: Going, rows: Rows, steps: Array | int, config: ModelConfig
+    parameters: Parameters,
+    head: Parameters,
+    going: Going,
+    rows: Rows,
+    steps: Array | int,
+    config: ModelConfig,
+    kernel: Kernel | None = None,
 ) -> tuple[Going, Drawn]:
     """Feed and draw up to `steps` tokens, stopping as soon as every row has ended.
 
@@ -167,7 +174,16 @@ def decode(
         rows: what is asked.
         steps: at most CHUNK, a scalar.
         config: the model.
+        kernel: that a step through the layers is one kernel; parameters and cache are then those of
+            `bm_jax.decode_step.advance`.
     """
+
+    def step_of(token: Array, cache: Cache) -> tuple[Array, Cache]:
+        if kernel is not None:
+            return advance(parameters, token, cache, config, kernel)
+        output = forward(parameters, token[:, None], config, cache=cache)
+        assert output.cache is not None
+        return output.hidden, output.cache
 
     def unfinished(carry):
         step, going, _ = carry
@@ -175,14 +191,13 @@ def decode(
 
     def body(carry):
         step, (cache, seen, token, number, alive), drawn = carry
-        output = forward(parameters, token[:, None], config, cache=cache)
-        assert output.cache is not None
-        token, seen, logprobs = choose(head, output.hidden, rows, number, seen, config)
+        hidden, cache = step_of(token, cache)
+        token, seen, logprobs = choose(head, hidden, rows, number, seen, config)
         new = Drawn(jnp.where(alive, token, -1), logprobs)
         drawn = jax.tree.map(lambda all_, one: all_.at[:, step].set(one), drawn, new)
         number = number + 1
         ended = (token == rows.end) | jnp.any(token[:, None] == rows.stop_tokens, axis=1) | (number >= rows.max_tokens)
-        return step + 1, Going(output.cache, seen, token, number, alive & ~ended), drawn
+        return step + 1, Going(cache, seen, token, number, alive & ~ended), drawn
 
     B = len(going.token)
     drawn = Drawn(jnp.full((B, CHUNK), -1, jnp.int32), None)

@@ -276,7 +276,7 @@ class Engine:
     def _start_anew(self) -> None:
         """Empty slots."""
         B = len(self._owners)
-        cache = state.empty(self._config, B, self._room).cache
+        cache = self.model.decoding_cache(state.empty(self._config, B, self._room).cache, B)
         zero = jnp.zeros(B, jnp.int32)
         self._going = decoding.Going(cache, None, zero, zero + 0, zero > 0)
         self._rows: decoding.Rows | None = None
@@ -293,8 +293,7 @@ class Engine:
         drawn, owners = None, [owner if ready[slot] else None for slot, owner in enumerate(self._owners)]
         if any(owners):
             going = self._going._replace(alive=_both(self._going.alive, np.array(ready)), seen=self._seen())
-            parameters, head = self.model.inference
-            self._going, drawn = decoding.decode(parameters, head, going, self._device_rows(), STEPS, self._config)
+            self._going, drawn = self.model.decode(going, self._device_rows(), STEPS)
         before, self._flight = self._flight, None
         if self._firsts or drawn is not None:
             self._flight, self._firsts = _Flight(self._firsts, owners, drawn), []
@@ -351,7 +350,8 @@ class Engine:
         held = self._seen()
         seen = None if held is None else Seen(read.seen, jnp.zeros(read.seen.shape, jnp.int32))
         choice = decoding.choose(self.model.inference[1], read.hidden, rows, np.zeros(1, np.int32), seen, self._config)
-        self._going = _take_slot(self._going._replace(seen=held), np.int32(reading.slot), read.cache, choice, rows)
+        cache = self.model.decoding_cache(read.cache, len(self._owners))
+        self._going = _take_slot(self._going._replace(seen=held), np.int32(reading.slot), cache, choice, rows)
         self._firsts.append((request, choice))
 
     def _seen(self) -> Seen | None:

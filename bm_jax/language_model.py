@@ -22,7 +22,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bm_jax import decoding, state
+from bm_jax import decode_step, decoding, state
+from bm_jax.cache import Cache
 from bm_jax.completion import Completion, Writer
 from bm_jax.config import ConfigError, ModelConfig
 from bm_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -151,6 +152,26 @@ class LanguageModel:
     def inference(self) -> tuple[Parameters, Parameters]:
         """`inference_parameters`, on the device."""
         return inference_parameters(self.parameters, self.config, self.weights)
+
+    def decode(self, going: decoding.Going, rows: decoding.Rows, steps: int) -> tuple[decoding.Going, decoding.Drawn]:
+        """`decoding.decode` with this model, as is fastest here; the cache is from `decoding_cache`."""
+        kernel = self._kernel(len(going.token))
+        parameters, head = self.inference
+        if kernel is not None:
+            return decoding.decode(self._step_parameters, head, going, rows, steps, self.config, kernel)
+        return decoding.decode(parameters, head, going, rows, steps, unrolled(self.config))
+
+    def decoding_cache(self, cache: Cache, batch: int) -> Cache:
+        """The cache of a `State` as `decode` of a batch of so many rows wants it."""
+        return cache if self._kernel(batch) is None else decode_step.stacked(cache, self.config)
+
+    def _kernel(self, batch: int) -> decode_step.Kernel | None:
+        return None if self.weights is not None else decode_step.kernel_for(self.config, batch)
+
+    @cached_property
+    def _step_parameters(self) -> Parameters:
+        """A second copy of the layers' parameters, made when it is first needed."""
+        return decode_step.step_parameters(self.parameters, self.config)
 
     def logits(self, tokens: Any) -> np.ndarray:
         """Logits of the token after each token: float32 `[L, V]` for ids `[L]`, `[B, L, V]` for ids `[B, L]`.
@@ -342,7 +363,6 @@ class LanguageModel:
 
     def _decode(self, read: State, configs: list[SamplingConfig]) -> Iterator[Piece]:
         """The decode path: from what was read, draw tokens chunk by chunk, hand out text as it is certain."""
-        config, (parameters, head) = unrolled(self.config), self.inference
         tokenizer, B = self.tokenizer, _bucket(len(configs))
         recent = np.asarray(read.recent)
         writers = [Writer(tokenizer, before[before >= 0].tolist(), c) for before, c in zip(recent, configs, strict=False)]
@@ -354,8 +374,8 @@ class LanguageModel:
         rows = decoding.make_rows(configs, B, end=tokenizer.end_of_document, vocab_size=tokenizer.vocab_size)
         number = jnp.zeros(B, jnp.int32)
         seen = decoding.seen_before(configs, read.seen)
-        token, seen, logprobs = decoding.choose(head, read.hidden, rows, number, seen, config)
-        going = decoding.Going(read.cache, seen, token, number + 1, number > 0)
+        token, seen, logprobs = decoding.choose(self.inference[1], read.hidden, rows, number, seen, self.config)
+        going = decoding.Going(self.decoding_cache(read.cache, B), seen, token, number + 1, number > 0)
         del read  # `decode` writes over the cache
         drawn, logprobs = np.asarray(token)[:, None], jax.tree.map(lambda leaf: leaf[:, None], logprobs)
         while True:
@@ -371,7 +391,7 @@ class LanguageModel:
             if not alive.any():
                 return
             going = going._replace(alive=alive)
-            going, (drawn, logprobs) = decoding.decode(parameters, head, going, rows, decoding.CHUNK, config)
+            going, (drawn, logprobs) = self.decode(going, rows, decoding.CHUNK)
             drawn = np.asarray(drawn)
 
     def _read(self, ids: list[list[int]], after: State | None = None, more: int = 0) -> State:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +12,13 @@ import pytest
 
 from bm_jax.cache import init_cache
 from bm_jax.config import MambaConfig, MlpConfig, ModelConfig, MoeConfig
-from bm_jax.decode_step import step_cache, step_sizes, step_weights
+from bm_jax.decode_step import Kernel, kernel_for, stacked, step_cache, step_parameters, step_sizes, step_weights
+from bm_jax.decoding import Going, decode, make_rows
+from bm_jax.language_model import inference_parameters
 from bm_jax.layers import layer_norm
-from bm_jax.model import forward, init_parameters
+from bm_jax.model import forward, init_parameters, logits, unrolled
+from bm_jax.sampling import SamplingConfig
+from pallas_kernels import dispatch
 from pallas_kernels.decode_layers import decode_layers_gpu, refusal
 
 BLOCKS = 11
@@ -83,3 +88,54 @@ def test_what_it_cannot_run_is_refused():
     ):
         with pytest.raises(NotImplementedError, match=message):
             decode_layers_gpu(jnp.zeros((1, 72)), {}, good._replace(**change))
+
+
+def test_decoding_by_the_kernel_goes_on_from_the_model_s_cache():
+    """The loop of `decode` with the kernel, interpreted on a CPU, against the model fed the same tokens."""
+    config = dataclasses.replace(tiny(), compute_dtype="bfloat16")
+    parameters = init_parameters(config, jax.random.key(0))
+    prompts = jax.random.randint(jax.random.key(1), (2, 6), 0, 300)
+    deep, (whole, head) = unrolled(config), inference_parameters(parameters, config)
+    cache = forward(whole, prompts[:, :5], deep, cache=init_cache(deep, 2)).cache
+    rows = make_rows([SamplingConfig(temperature=0)] * 2, 2, end=-1, vocab_size=300)
+    number = jnp.zeros(2, jnp.int32)
+    going = Going(stacked(cache, config), None, prompts[:, 5], number, number == 0)
+    kernel = Kernel(BLOCKS, interpret=jax.default_backend() == "cpu")
+    after, (ids, _) = decode(step_parameters(parameters, config), head, going, rows, 2, config, kernel)
+    assert (np.asarray(ids)[:, :2] >= 0).all()
+    assert (np.asarray(ids)[:, 2:] == -1).all()
+    np.testing.assert_array_equal(after.token, ids[:, 1])
+    np.testing.assert_array_equal(after.cache.length, [7, 7])
+    output = forward(whole, jnp.stack([prompts[:, 5], ids[:, 0]], axis=1), deep, cache=cache)
+    wanted = np.asarray(logits(head, output.hidden, config))
+    for b in range(2):
+        for step in range(2):  # the best token, but for rounding
+            assert wanted[b, step, ids[b, step]] > wanted[b, step, :300].max() - 0.05 * np.abs(wanted[b, step]).max()
+    for name, value in stacked(output.cache, config).layers["layer_0"]["mamba"].items():
+        got, want = (np.asarray(x, np.float64) for x in (after.cache.layers["layer_0"]["mamba"][name], value))
+        np.testing.assert_allclose(got, want, rtol=0, atol=3e-2 * np.abs(want).max())
+
+
+def test_where_the_kernel_is_taken(monkeypatch):
+    config = dataclasses.replace(tiny(), compute_dtype="bfloat16", width=1152, moe=MoeConfig(experts=4, width=1152))
+
+    def taken(config, batch, target=("gpu", "NVIDIA H100 80GB HBM3", 9.0)):
+        with monkeypatch.context() as patch:
+            patch.setattr(dispatch, "target", lambda: dispatch.Target(*target))
+            patch.setattr(jax, "devices", lambda: [SimpleNamespace(core_count=132)])
+            return kernel_for(config, batch)
+
+    assert taken(config, 1) == taken(config, 4) == Kernel(132)
+    assert taken(config, 5) is None
+    assert taken(config, 1, ("gpu", "NVIDIA A100", 8.0)) is None
+    assert taken(config, 1, ("cpu", "cpu", 0.0)) is None
+    for change in (
+        {"compute_dtype": "float32"},
+        {"residual_dtype": "bfloat16"},
+        {"layers": ("attention", "moe")},
+        {"layers": ("mamba", "moe") * 5},
+        {"moe": MoeConfig(experts=4, width=1152, router="topk", top_k=2)},
+    ):
+        assert taken(dataclasses.replace(config, **change), 1) is None
+    monkeypatch.setenv("PALLAS_KERNELS_IMPLEMENTATION", "decode_layers=xla")
+    assert taken(config, 1) is None
