@@ -28,6 +28,8 @@ class Kernel(NamedTuple):
 
     blocks: int
     """The number of the GPU's processors."""
+    limited: bool = True
+    """Whether a row has a limit on what may be drawn, see `bm_jax.sampling.sample`."""
     interpret: bool = False
 
 

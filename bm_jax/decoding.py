@@ -114,9 +114,20 @@ class Choice(NamedTuple):
     """None where `seen` is."""
 
 
-@partial(jax.jit, static_argnames=("config",))
-def choose(head: Parameters, hidden: Array, rows: Rows, index: Array, seen: Seen | None, config: ModelConfig) -> Choice:
-    """Draw token number `index` `[B]` of each row from the hidden values `[B, 1, M]` of the token before it."""
+@partial(jax.jit, static_argnames=("config", "limited"))
+def choose(
+    head: Parameters,
+    hidden: Array,
+    rows: Rows,
+    index: Array,
+    seen: Seen | None,
+    config: ModelConfig,
+    limited: bool | None = None,
+) -> Choice:
+    """Draw token number `index` `[B]` of each row from the hidden values `[B, 1, M]` of the token before it.
+
+    `limited` as for `bm_jax.sampling.sample`.
+    """
     rows = jax.tree.map(jnp.asarray, rows)
     with jax.named_scope("sampling"):
         logits = raw = unembed(head, hidden, config)[:, -1]
@@ -124,7 +135,8 @@ def choose(head: Parameters, hidden: Array, rows: Rows, index: Array, seen: Seen
             logits = add_bias(raw, rows.bias_ids, rows.bias)
             logits = penalize(logits, seen, rows.repetition_penalty, rows.presence_penalty, rows.frequency_penalty)
         keys = row_keys(rows.seed, index)
-        token = sample(logits, keys, rows.temperature, rows.top_k, rows.top_p, rows.vocab_size, min_p=rows.min_p)
+        limits = (rows.temperature, rows.top_k, rows.top_p, rows.vocab_size)
+        token = sample(logits, keys, *limits, min_p=rows.min_p, limited=limited)
         if seen is None:
             return Choice(token, None, None)
         seen = seen._replace(drawn=seen.drawn.at[jnp.arange(len(token)), token].add(1))
@@ -155,13 +167,13 @@ class Drawn(NamedTuple):
     """Arrays `[B, CHUNK, ...]`, where they are asked for."""
 
 
-@partial(jax.jit, static_argnames=("config", "kernel"), donate_argnames=("going",))
+@partial(jax.jit, static_argnames=("steps", "config", "kernel"), donate_argnames=("going",))
 def decode(
     parameters: Parameters,
     head: Parameters,
     going: Going,
     rows: Rows,
-    steps: Array | int,
+    steps: int,
     config: ModelConfig,
     kernel: Kernel | None = None,
 ) -> tuple[Going, Drawn]:
@@ -172,10 +184,10 @@ def decode(
         head: the parameters that `bm_jax.model.logits` needs.
         going: where each row is.
         rows: what is asked.
-        steps: at most CHUNK, a scalar.
+        steps: at most CHUNK.
         config: the model.
         kernel: that a step through the layers is one kernel; parameters and cache are then those of
-            `bm_jax.decode_step.advance`.
+            `bm_jax.decode_step.advance`, and all steps are taken.
     """
 
     def step_of(token: Array, cache: Cache) -> tuple[Array, Cache]:
@@ -192,7 +204,7 @@ def decode(
     def body(carry):
         step, (cache, seen, token, number, alive), drawn = carry
         hidden, cache = step_of(token, cache)
-        token, seen, logprobs = choose(head, hidden, rows, number, seen, config)
+        token, seen, logprobs = choose(head, hidden, rows, number, seen, config, None if kernel is None else kernel.limited)
         new = Drawn(jnp.where(alive, token, -1), logprobs)
         drawn = jax.tree.map(lambda all_, one: all_.at[:, step].set(one), drawn, new)
         number = number + 1
@@ -206,5 +218,9 @@ def decode(
         of_one = jax.eval_shape(log_probabilities, logits, going.token)
         empty = jax.tree.map(lambda leaf: jnp.zeros((B, CHUNK, *leaf.shape[1:]), leaf.dtype), of_one)
         drawn = drawn._replace(logprobs=empty)
-    _, going, drawn = jax.lax.while_loop(unfinished, body, (jnp.int32(0), going, drawn))
+    carry = (jnp.int32(0), going, drawn)
+    if kernel is None:
+        _, going, drawn = jax.lax.while_loop(unfinished, body, carry)
+    else:  # a GPU would wait for the host to say whether the loop goes on
+        _, going, drawn = jax.lax.fori_loop(0, steps, lambda _, carry: body(carry), carry)
     return going, drawn

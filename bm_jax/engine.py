@@ -149,7 +149,8 @@ class Engine:
         self.model, self._chunk = model, chunk
         self._config = unrolled(model.config)
         attention = "attention" in self._config.kinds
-        self._room = min(room, model.max_prompt_tokens or room) if attention else 0
+        self.room = min(room, model.max_prompt_tokens or room) if attention else 0
+        """Most tokens of prompt and completion together; 0 for no limit."""
         self._queue_bound, self._waiting = queue, _FairQueue()
         self._owners: list[Request | None] = [None] * slots
         self._readings: collections.deque[_Reading] = collections.deque()
@@ -177,9 +178,9 @@ class Engine:
         """
         ids = self.model.encode(prompt, "prompt", config.max_tokens)
         self.model.check_bias(config)
-        if self._room and len(ids) + config.max_tokens > self._room:
+        if self.room and len(ids) + config.max_tokens > self.room:
             raise ValueError(
-                f"prompt has {len(ids)} tokens and max_tokens is {config.max_tokens}, together more than the {self._room} "
+                f"prompt has {len(ids)} tokens and max_tokens is {config.max_tokens}, together more than the {self.room} "
                 "that a slot of this server holds; ask for fewer"
             )
         request = Request(ids, config, deliver, client, self)
@@ -224,10 +225,12 @@ class Engine:
         while size <= self._chunk:
             # A whole piece, and then one of this size that is not full.
             for tokens, lengths in pieces([[0] * (self._chunk + size - 1)], 1, self._chunk, SHORTEST_PIECE):
-                read = state.empty(self._config, 1, self._room)
+                read = state.empty(self._config, 1, self.room)
                 state.read_on(self.model.inference[0], read, tokens, lengths, self._config)
             size *= 2
-        for config in (SamplingConfig(max_tokens=2), SamplingConfig(max_tokens=2, logprobs=0)):
+        plain = SamplingConfig(max_tokens=2)
+        for change in ({}, {"logprobs": 0}, {"top_k": 2}, {"top_k": 2, "logprobs": 0}):
+            config = dataclasses.replace(plain, **change)
             done = threading.Event()
             self.submit([0], config, lambda event, done=done: done.set() if event.completion or event.error else None)
             while not done.is_set():
@@ -276,7 +279,7 @@ class Engine:
     def _start_anew(self) -> None:
         """Empty slots."""
         B = len(self._owners)
-        cache = self.model.decoding_cache(state.empty(self._config, B, self._room).cache, B)
+        cache = self.model.decoding_cache(state.empty(self._config, B, self.room).cache, B)
         zero = jnp.zeros(B, jnp.int32)
         self._going = decoding.Going(cache, None, zero, zero + 0, zero > 0)
         self._rows: decoding.Rows | None = None
@@ -293,7 +296,8 @@ class Engine:
         drawn, owners = None, [owner if ready[slot] else None for slot, owner in enumerate(self._owners)]
         if any(owners):
             going = self._going._replace(alive=_both(self._going.alive, np.array(ready)), seen=self._seen())
-            self._going, drawn = self.model.decode(going, self._device_rows(), STEPS)
+            limited = any(owner._config.limited for owner in owners if owner is not None)
+            self._going, drawn = self.model.decode(going, self._device_rows(), STEPS, limited)
         before, self._flight = self._flight, None
         if self._firsts or drawn is not None:
             self._flight, self._firsts = _Flight(self._firsts, owners, drawn), []
@@ -330,7 +334,7 @@ class Engine:
             reading.read, found = self._prefixes.find(ids)
             self._counts["reused_tokens"] += reading.read
             # A copy of what was found, since reading on writes over it.
-            read = state.with_room(found.fork([0]), self._room) if found else state.empty(self._config, 1, self._room)
+            read = state.with_room(found.fork([0]), self.room) if found else state.empty(self._config, 1, self.room)
             if reading.read == len(ids):
                 reading.state = read
                 return 0

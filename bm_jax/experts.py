@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
@@ -49,37 +52,38 @@ def weigh(rows: Array, gate: Array) -> Array:
 def expert_products(
     w_in: Array | Quantized, w_out: Array | Quantized, rows: Array, expert: Array, activation: Activation
 ) -> Array:
-    """Each row `[R, M]` through its expert `[R]`; X is no expert, which gives zero."""
-    if isinstance(w_in, Quantized) or isinstance(w_out, Quantized):
-        assert isinstance(w_in, Quantized)
-        assert isinstance(w_out, Quantized)
-        return _quantized_products(w_in, w_out, rows, expert, activation)
+    """Each row `[R, M]` through its expert `[R]`; X is no expert, which gives zero.
+
+    A batch that is decoded has few rows, and what costs is reading weights: accelerators then take all experts in one product.
+    """
+    R, X, quantised = len(rows), len(w_out[0] if isinstance(w_out, Quantized) else w_out), isinstance(w_in, Quantized)
+
+    def through(product: Callable[..., Array], rows: Array, expert: Array) -> Array:
+        return product(activate(product(rows, w_in, expert), activation), w_out, expert)
+
+    chosen, every = partial(through, product_of_chosen), partial(through, product_of_all)
+    if R <= X // 2:
+        return chosen(rows, expert) if quantised else _grouped_products(w_in, w_out, rows, expert, activation)
+    grouped = partial(_grouped_products, w_in, w_out, activation=activation)
+    if R * X > FEW_ROWS:
+        return grouped(rows, expert)
+    return lax.platform_dependent(rows, expert, cpu=chosen if quantised and R <= X else grouped, default=every)
+
+
+def _grouped_products(
+    w_in: Array | Quantized, w_out: Array | Quantized, rows: Array, expert: Array, activation: Activation
+) -> Array:
+    """`expert_products` by sorting rows; kernels in int8 are made wide, as with many rows reading them costs little."""
+
+    def widened(kernel: Array | Quantized) -> Array:
+        return dequantize(kernel, axes=(1,)).astype(rows.dtype) if isinstance(kernel, Quantized) else kernel
+
+    w_in, w_out = widened(w_in), widened(w_out)
     place, group_sizes = places(expert, len(w_in))
     order = inverse(place)
     hidden = grouped_matmul(take_rows(rows, order, place), w_in.reshape(*w_in.shape[:2], -1), group_sizes)
     hidden = activate(hidden.reshape(-1, *w_in.shape[2:]), activation)
     return take_rows(grouped_matmul(hidden, w_out, group_sizes), place, order)
-
-
-def _quantized_products(w_in: Quantized, w_out: Quantized, rows: Array, expert: Array, activation: Activation) -> Array:
-    """`expert_products`: few rows meet int8 kernels; for many, where reading weights costs little, kernels are made wide."""
-
-    def chosen(rows: Array, expert: Array) -> Array:
-        return product_of_chosen(activate(product_of_chosen(rows, w_in, expert), activation), w_out, expert)
-
-    def every(rows: Array, expert: Array) -> Array:
-        return product_of_all(activate(product_of_all(rows, w_in, expert), activation), w_out, expert)
-
-    def wide(rows: Array, expert: Array) -> Array:
-        wide_in, wide_out = (dequantize(kernel, axes=(1,)).astype(rows.dtype) for kernel in (w_in, w_out))
-        return expert_products(wide_in, wide_out, rows, expert, activation)
-
-    R, X = len(rows), len(w_in.values)
-    if R <= X // 2:
-        return chosen(rows, expert)
-    if R * X > FEW_ROWS:
-        return wide(rows, expert)
-    return lax.platform_dependent(rows, expert, cpu=chosen if R <= X else wide, default=every)
 
 
 def places(group: Array, groups: int) -> tuple[Array, Array]:

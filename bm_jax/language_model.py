@@ -153,11 +153,17 @@ class LanguageModel:
         """`inference_parameters`, on the device."""
         return inference_parameters(self.parameters, self.config, self.weights)
 
-    def decode(self, going: decoding.Going, rows: decoding.Rows, steps: int) -> tuple[decoding.Going, decoding.Drawn]:
-        """`decoding.decode` with this model, as is fastest here; the cache is from `decoding_cache`."""
+    def decode(
+        self, going: decoding.Going, rows: decoding.Rows, steps: int, limited: bool
+    ) -> tuple[decoding.Going, decoding.Drawn]:
+        """`decoding.decode` with this model, as is fastest here.
+
+        The cache is from `decoding_cache`; `limited` says whether a row has a limit (`SamplingConfig.limited`).
+        """
         kernel = self._kernel(len(going.token))
         parameters, head = self.inference
         if kernel is not None:
+            kernel = kernel._replace(limited=limited)
             return decoding.decode(self._step_parameters, head, going, rows, steps, self.config, kernel)
         return decoding.decode(parameters, head, going, rows, steps, unrolled(self.config))
 
@@ -372,7 +378,7 @@ class LanguageModel:
             most = int(np.max(read.read)) + max(c.max_tokens for c in configs)
             read = state.with_room(read, max(_bucket(most), state.room(read)))
         rows = decoding.make_rows(configs, B, end=tokenizer.end_of_document, vocab_size=tokenizer.vocab_size)
-        number = jnp.zeros(B, jnp.int32)
+        number, limited = jnp.zeros(B, jnp.int32), any(c.limited for c in configs)
         seen = decoding.seen_before(configs, read.seen)
         token, seen, logprobs = decoding.choose(self.inference[1], read.hidden, rows, number, seen, self.config)
         going = decoding.Going(self.decoding_cache(read.cache, B), seen, token, number + 1, number > 0)
@@ -391,7 +397,7 @@ class LanguageModel:
             if not alive.any():
                 return
             going = going._replace(alive=alive)
-            going, (drawn, logprobs) = self.decode(going, rows, decoding.CHUNK)
+            going, (drawn, logprobs) = self.decode(going, rows, decoding.CHUNK, limited)
             drawn = np.asarray(drawn)
 
     def _read(self, ids: list[list[int]], after: State | None = None, more: int = 0) -> State:

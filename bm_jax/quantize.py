@@ -90,15 +90,19 @@ def product_of_chosen(rows: Array, kernel: Quantized, expert: Array) -> Array:
     return _scaled(out, kernel, own).astype(rows.dtype)
 
 
-def product_of_all(rows: Array, kernel: Quantized, expert: Array) -> Array:
-    """`product_of_chosen` as one product that reads every kernel once.
+def product_of_all(rows: Array, kernel: Array | Quantized, expert: Array) -> Array:
+    """`product_of_chosen` as one product that reads every kernel once; in int8, or as they are.
 
     Each row stands in the place of its expert in a row of `X * K` that is zero elsewhere.
     """
-    X, K = kernel.values.shape[:2]
+    values = kernel.values if isinstance(kernel, Quantized) else kernel
+    X, K, *shape = values.shape
     member = expert[:, None] == jnp.arange(X)
     placed = jnp.where(member[..., None], rows[:, None], 0).reshape(len(rows), X * K)
-    placed, values = lax.optimization_barrier((placed, kernel.values.reshape(X * K, -1)))  # as in `product`
+    values = values.reshape(X * K, -1)
+    if not isinstance(kernel, Quantized):
+        return jnp.dot(placed, values).reshape(len(rows), *shape)
+    placed, values = lax.optimization_barrier((placed, values))  # as in `product`
     out = jnp.dot(placed, values.astype(rows.dtype), preferred_element_type=jnp.promote_types(rows.dtype, jnp.float32))
     return _scaled(out, kernel, jnp.minimum(expert, X - 1)).astype(rows.dtype)
 

@@ -81,6 +81,11 @@ class SamplingConfig:
         strings = isinstance(self.stop, tuple) and all(isinstance(s, str) and s for s in self.stop)
         self._check("stop", strings, "a tuple of strings that are not empty")
 
+    @property
+    def limited(self) -> bool:
+        """Whether not all ids may be drawn: by top_k, top_p or min_p."""
+        return self.top_k is not None or self.top_p is not None or self.min_p > 0
+
     def _check(self, name: str, right: bool, expected: str) -> None:
         if not right:
             raise ConfigError(f"SamplingConfig.{name} must be {expected}, got {getattr(self, name)!r}")
@@ -168,7 +173,7 @@ def candidates(logits: Array, top_k: Array, top_p: Array, min_p: Array | None = 
     """
     V = logits.shape[-1]
     top_k = jnp.where(top_k < 1, V, jnp.minimum(top_k, V))[:, None]
-    top_p = top_p[:, None]
+    top_p = jnp.maximum(top_p, jnp.finfo(jnp.float32).tiny)[:, None]  # the most likely is kept, however little is asked for
     order = jnp.argsort(-logits, axis=-1, stable=True)
     ranked = jnp.take_along_axis(logits, order, axis=-1)
     ranked = jnp.where(jnp.arange(V) < top_k, ranked, -jnp.inf)
@@ -192,6 +197,7 @@ def sample(
     vocab_size: int | Array | None = None,
     *,
     min_p: Array | None = None,
+    limited: bool | None = None,
 ) -> Array:
     """Draw one id a row: divide by the temperature, keep top-k, of these top-p, of these min-p, draw. int32 `[B]`.
 
@@ -203,21 +209,27 @@ def sample(
         top_p: `[B]`, 1 for no limit.
         vocab_size: ids from here on are padding of the embedding and never drawn.
         min_p: `[B]`, 0 for no limit.
+        limited: whether any row has a limit, where the caller knows; None looks at the rows while running, and for this a GPU
+            waits for the host.
     """
     min_p = jnp.zeros(len(logits)) if min_p is None else min_p
     logits = without_padding(logits.astype(jnp.float32), vocab_size)
     best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     greedy = temperature < jnp.finfo(jnp.float32).tiny
 
-    def draw() -> Array:
+    def draw(limited: bool | None) -> Array:
         # The largest is subtracted first, so that no temperature overflows.
         scaled = (logits - jnp.max(logits, axis=-1, keepdims=True)) / jnp.where(greedy, 1, temperature)[:, None]
-        filtered = jnp.any((top_k > 0) | (top_p < 1) | (min_p > 0))  # sorting the vocabulary costs more than all the rest
-        everything = jnp.ones_like(scaled, dtype=bool)
-        kept = jax.lax.cond(filtered, lambda: candidates(scaled, top_k, top_p, min_p), lambda: everything)
-        return jax.vmap(jax.random.categorical)(keys, jnp.where(kept, scaled, -jnp.inf)).astype(jnp.int32)
+        kept, everything = lambda: candidates(scaled, top_k, top_p, min_p), lambda: jnp.ones_like(scaled, dtype=bool)
+        # Sorting the vocabulary costs more than all the rest.
+        if limited is None:
+            allowed = jax.lax.cond(jnp.any((top_k > 0) | (top_p < 1) | (min_p > 0)), kept, everything)
+        else:
+            allowed = kept() if limited else everything()
+        return jax.vmap(jax.random.categorical)(keys, jnp.where(allowed, scaled, -jnp.inf)).astype(jnp.int32)
 
-    return jnp.where(greedy, best, jax.lax.cond(jnp.all(greedy), lambda: best, draw))
+    drawn = jax.lax.cond(jnp.all(greedy), lambda: best, lambda: draw(None)) if limited is None else draw(limited)
+    return jnp.where(greedy, best, drawn)
 
 
 def row_keys(seed: Array, index: Array) -> Array:

@@ -1,16 +1,26 @@
-"""The arithmetic of the benchmark harness, and that the comparison with transformers runs; nothing here judges a time."""
+"""The arithmetic of the benchmark harness, and that comparisons run; nothing here judges a time."""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
+
+import configs
+from bm_jax.config import ConfigError
+from bm_jax.data.tokenizer import ByteTokenizer
+from bm_jax.language_model import LanguageModel
+from bm_jax.model import init_parameters
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
@@ -86,6 +96,110 @@ def test_json_holds_ratios_times_settings_and_machine(harness, tmp_path):
     assert values["settings"] == {"width": 8, "path": "a"}
     assert values["machine"]["cores"] >= 1
     assert values["machine"]["packages"]["jax"]
+
+
+@pytest.fixture
+def script(harness):
+    """Import a script of that folder; what it runs is compiled quickly."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield importlib.import_module
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def test_drawing_is_the_same_whether_room_grows_or_is_there_from_the_start(script):
+    drawing, latency_curve = script("drawing"), script("latency_curve")
+    model = latency_curve.shrunk(configs.load("transformer").model, 32)
+    parameters, head = jax.jit(latency_curve.make, static_argnums=(0, 1))(model, None)
+    steps, programs = drawing.rooms(model, 40, 16, 2), {}
+    assert steps == [16, 32, 64]
+    for before, room in zip([None, *steps], steps, strict=False):
+        programs |= drawing.compile_drawing((parameters, head), model, batch=2, kernel=None, room=room, before=before)
+    small = drawing.Drawing(parameters, head, model, batch=2, room=16, programs=programs)
+    large = drawing.Drawing(parameters, head, model, batch=2, room=64)
+    ids = [np.concatenate(each.draw(11) + each.draw(40), axis=1) for each in (small, large)]
+    assert ids[0].shape == (2, 40)
+    assert (ids[0] >= 0).all()
+    assert (small.room, large.room) == (64, 64)
+    np.testing.assert_array_equal(*ids)
+    small.restart()
+    assert small.room == 16
+    np.testing.assert_array_equal(np.concatenate(small.draw(40), axis=1), ids[0])
+
+
+def test_latencies_are_taken_at_each_length_until_the_budget_is_spent(script, monkeypatch):
+    latency_curve = script("latency_curve")
+    clock = [100.0]
+    monkeypatch.setattr(latency_curve.time, "perf_counter", lambda: clock[0])
+    drawn = [0]
+
+    def draw(tokens):
+        clock[0] += 0.5 * (tokens - drawn[0])
+        drawn[0] = tokens
+
+    assert latency_curve.one_pass(draw, (4, 6, 600), math.inf) == {4: 2, 6: 3, 600: 300}
+    clock[0], drawn[0] = 100.0, 0
+    assert latency_curve.one_pass(draw, (4, 250, 600), 200.0) == {4: 2, 250: 125}, "a length reached when time was up counts"
+    clock[0], drawn[0] = 100.0, 0
+    assert latency_curve.one_pass(draw, (4, 6, 600), 110.0) == {4: 2, 6: 3}
+    assert drawn[0] == 6 + latency_curve.STRIDE, "the budget is looked at between lengths, too"
+
+
+def test_the_table_says_which_is_fastest_where(script):
+    latency_curve = script("latency_curve")
+    curves = {
+        "ours": latency_curve.Curve(8, 4, True, {10: 1.0, 20: 2.0}, 1, None),
+        "peer": latency_curve.Curve(6, 6, False, {10: 0.5}, 1, "stopped"),
+    }
+    assert curves["ours"].per_token() == {10: 0.1, 20: 0.1}
+    assert [latency_curve.fastest(curves, length) for length in (10, 20, 30)] == ["peer", "ours", None]
+    table = latency_curve.table(curves).splitlines()
+    assert table[1].split() == ["10", "1.000", "s", "100.000", "ms", "0.500", "s", "50.000", "ms", "peer"]
+    assert table[2].split() == ["20", "2.000", "s", "100.000", "ms", "-", "ours"]
+    assert table[-1] == "peer takes times ours's: 0.50 at 10"
+
+
+def test_the_latency_curve_runs(script, tmp_path, capsys):
+    latency_curve = script("latency_curve")
+    files = {"json": tmp_path / "latency.json", "png": tmp_path / "latency.png"}
+    presets = ("blackmamba_340m_1p5b", "transformer_moe")
+    latency_curve.main(latency_curve.Options(presets=presets, lengths=(8, 20), shrink=32, repeats=2, **files))
+    values = json.loads(files["json"].read_text())
+    assert list(values["curves"]) == list(presets)
+    for curve in values["curves"].values():
+        assert list(curve["seconds"]) == ["8", "20"]
+        assert curve["passes"] == 2
+        assert curve["active"] < curve["total"]
+    assert set(values["fastest"].values()) <= set(presets)
+    assert files["png"].read_bytes().startswith(b"\x89PNG")
+    assert "fastest" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="must increase"):
+        latency_curve.main(latency_curve.Options(lengths=(20, 8)))
+
+
+def test_the_comparison_of_int8_weights_runs(script, tmp_path, capsys):
+    quantization = script("quantization")
+    config = script("latency_curve").shrunk(configs.load("default").model, 4)
+    config = dataclasses.replace(config, repeats=1, vocab_size=257)
+    parameters = jax.device_get(jax.jit(init_parameters, static_argnums=0)(config, jax.random.key(0)))
+    LanguageModel(config, parameters, ByteTokenizer()).save(tmp_path / "model")
+    text, path = tmp_path / "text.txt", tmp_path / "result.json"
+    text.write_text("It was a bright cold day in April. " * 5, encoding="utf-8")
+    common = {"prompts": (2,), "new_tokens": 5, "rounds": 1, "json": path}
+    quantization.main(
+        quantization.Options(tmp_path / "model", text=text, compute_dtype="bfloat16", window=16, windows=2, **common)
+    )
+    values = json.loads(path.read_text())
+    assert values["quality"]["tokens"] == 174
+    assert abs(values["quality"]["loss"] - math.log(257)) < 1
+    assert abs(values["quality"]["loss_int8"] - values["quality"]["loss"]) < 0.01
+    assert values["bytes"]["int8"] < values["bytes"]["bfloat16"]
+    (comparison,) = values["comparisons"]
+    assert (comparison["ours"], comparison["peer"]) == ("int8", "bfloat16")
+    assert "perplexity" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="give --text FILE"):
+        quantization.held_out(tmp_path / "model", quantization.Options(tmp_path / "model"))
+    with pytest.raises(SystemExit, match="either a directory or --preset"):
+        quantization.main(quantization.Options())
 
 
 @pytest.mark.slow

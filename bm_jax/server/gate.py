@@ -1,0 +1,109 @@
+"""What surrounds the paths of the server: the key, the reading of bodies, errors as JSON, what is counted."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Any
+
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from bm_jax.server.jobs import INTERNAL, Gone
+from bm_jax.server.metrics import Metrics
+from bm_jax.server.openai_answers import dump
+from bm_jax.server.request_fields import ApiError, Limits
+
+OPEN_PATHS = ("/", "/healthz")
+"""What needs no key."""
+
+
+async def receive_body(headers: Headers, receive: Receive, limits: Limits) -> bytes:
+    """The body of a request.
+
+    Raises:
+        ApiError: it is too long, as announced or as it comes, or takes too long to arrive. The connection then ends.
+    """
+    end = {"Connection": "close"}
+    too_long = ApiError(413, f"the body is longer than {limits.body_bytes} bytes", code="body_too_long", headers=end)
+    announced = headers.get("content-length", "")
+    if announced.isdecimal() and int(announced) > limits.body_bytes:
+        raise too_long
+    body, more = bytearray(), True
+    try:
+        async with asyncio.timeout(limits.body_seconds):
+            while more:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise Gone
+                body += message.get("body", b"")
+                more = message.get("more_body", False)
+                if len(body) > limits.body_bytes:
+                    raise too_long
+    except TimeoutError:
+        message = f"the body did not arrive within {limits.body_seconds:g} seconds"
+        raise ApiError(408, message, code="body_time", headers=end) from None
+    return bytes(body)
+
+
+class Gate:
+    """Around the application: asks for the key, adds headers to every response, counts responses and their time."""
+
+    def __init__(self, app: ASGIApp, allows: Callable[[str], bool], metrics: Metrics, paths: frozenset[str]) -> None:
+        self._app, self._allows, self._metrics, self._paths = app, allows, metrics, paths
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return
+        began, status = time.perf_counter(), 0
+
+        async def counted(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", ()), (b"x-content-type-options", b"nosniff")]
+            await send(message)
+
+        try:
+            authorization = Headers(scope=scope).get("authorization", "")
+            if scope["path"] in OPEN_PATHS or self._allows(authorization):
+                await self._app(scope, receive, counted)
+            else:
+                message = "this server needs an API key: send the header 'Authorization: Bearer KEY'"
+                refused = ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+                await error_response(refused)(scope, receive, counted)
+        finally:
+            path = scope["path"] if scope["path"] in self._paths else "other"
+            self._metrics.responses.labels(path, status or "gone").inc()
+            self._metrics.latency.labels(path).observe(time.perf_counter() - began)
+
+
+def json_response(values: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    """A response of JSON."""
+    return Response(dump(values), status, headers, media_type="application/json")
+
+
+def error_response(error: ApiError) -> Response:
+    """What a client gets instead of an answer."""
+    return json_response(error.body, error.status, error.headers)
+
+
+async def answer_error(request: Request, error: ApiError) -> Response:
+    """What the paths refuse."""
+    return error_response(error)
+
+
+async def answer_http_error(request: Request, error: HTTPException) -> Response:
+    """What Starlette itself refuses: unknown paths and methods."""
+    what = {404: "there is nothing at this path", 405: f"this path does not take {request.method[:20]}"}
+    message = what.get(error.status_code, error.detail)
+    return error_response(ApiError(error.status_code, message, headers=dict(error.headers or {})))
+
+
+async def answer_failure(request: Request, error: Exception) -> Response:
+    """A mistake of the server: Starlette raises it again for the log."""
+    return error_response(ApiError(500, INTERNAL))
