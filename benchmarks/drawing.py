@@ -16,7 +16,7 @@ import numpy as np
 from bm_jax import decoding
 from bm_jax.cache import init_cache
 from bm_jax.config import ModelConfig
-from bm_jax.decode_step import Kernel, step_parameters
+from bm_jax.decode_step import Kernel, kernel_for, step_parameters
 from bm_jax.language_model import inference_parameters
 from bm_jax.model import Parameters, unrolled
 from bm_jax.sampling import SamplingConfig
@@ -33,7 +33,7 @@ class Drawing:
         head: of the unembedding, likewise.
         config: the model.
         batch: rows; each has a seed of its own.
-        kernel: that a step is one kernel, from `bm_jax.decode_step.kernel_for`.
+        kernel: that a step is one kernel, from `kernel_of`.
         room: tokens that attention layers have room for at first, at least `decoding.CHUNK`.
         growth: how many times larger the next room is, when one is full.
         programs: what is compiled already, see `compile_drawing`.
@@ -84,6 +84,12 @@ class Drawing:
     def _grow(self, going: decoding.Going) -> decoding.Going:
         program = self.programs.get(("grow", self.room))
         return program(going) if program else grow(going, self.room)
+
+
+def kernel_of(config: ModelConfig, batch: int) -> Kernel | None:
+    """The kernel that a step is, where it is one: for rows without limits."""
+    kernel = kernel_for(config, batch)
+    return None if kernel is None else kernel._replace(limited=False)
 
 
 def config_of(config: ModelConfig, kernel: Kernel | None) -> ModelConfig:

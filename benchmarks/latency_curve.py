@@ -28,12 +28,13 @@ from typing import Any, NamedTuple
 
 import jax
 import tyro
-from drawing import Drawing, compile_drawing, decoding_parameters, rooms
+from drawing import Drawing, compile_drawing, decoding_parameters, kernel_of, rooms
 from harness import machine, usable_cores
 
 import configs
 from bm_jax.config import ModelConfig
-from bm_jax.decode_step import Kernel, kernel_for
+from bm_jax.decode_step import Kernel
+from bm_jax.decoding import CHUNK
 from bm_jax.model import Parameters, count_parameters, init_parameters
 
 FIRST_ROOM = 256
@@ -84,8 +85,9 @@ class Curve(NamedTuple):
 
 
 def main(options: Options) -> None:
-    if list(options.lengths) != sorted(set(options.lengths)) or options.lengths[0] < 1:
-        raise SystemExit(f"--lengths must increase from at least 1, got {options.lengths}")
+    lengths = options.lengths
+    if list(lengths) != sorted(set(lengths)) or lengths[0] < 1 or any(length % CHUNK for length in lengths):
+        raise SystemExit(f"--lengths must be increasing multiples of {CHUNK}, got {lengths}")
     print(f"{jax.devices()[0].device_kind}, batch {options.batch}, random weights\n", flush=True)
     models = {preset: shrunk(configs.load(preset).model, options.shrink) for preset in options.presets}
     programs, curves = compile_all(models, options), dict[str, Curve]()
@@ -139,7 +141,7 @@ def compile_all(models: dict[str, ModelConfig], options: Options) -> dict[str, d
 
     def compile_one(preset: str, before: int | None, room: int) -> dict[tuple[str, int], Any]:
         model = models[preset]
-        kernel = kernel_for(model, options.batch)
+        kernel = kernel_of(model, options.batch)
         shapes = jax.eval_shape(partial(make, model, kernel))
         return compile_drawing(shapes, model, batch=options.batch, kernel=kernel, room=room, before=before)
 
@@ -158,7 +160,7 @@ def compile_all(models: dict[str, ModelConfig], options: Options) -> dict[str, d
 def measure(model: ModelConfig, programs: dict[tuple[str, int], Any], options: Options) -> Curve:
     """Time one model, alone in memory."""
     count = count_parameters(model)
-    kernel = kernel_for(model, options.batch)
+    kernel = kernel_of(model, options.batch)
     parameters, head = jax.jit(make, static_argnums=(0, 1))(model, kernel)
     drawing = Drawing(
         parameters,

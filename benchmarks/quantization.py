@@ -24,14 +24,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from drawing import Drawing, decoding_parameters
+from drawing import Drawing, decoding_parameters, kernel_of
 from harness import Comparison, compare, machine
 
 import configs
 from bm_jax.config import Config, ConfigError, ModelConfig, from_dict
 from bm_jax.data.pipeline import open_data
 from bm_jax.data.tokenizer import load_tokenizer
-from bm_jax.decode_step import Kernel, kernel_for
+from bm_jax.decode_step import Kernel
 from bm_jax.language_model import inference_parameters, read_config, read_parameters
 from bm_jax.loss import predicted
 from bm_jax.model import Parameters, forward, init_parameters, logits, unrolled
@@ -134,7 +134,7 @@ def speed(parameters: Parameters, plain: Form, int8: Form, model: ModelConfig, b
 
     name = model.compute_dtype
     peers = {name: contestant(plain)}
-    if kernel := kernel_for(model, batch):
+    if kernel := kernel_of(model, batch):
         peers[f"{name}, a step one kernel"] = contestant(decoding_parameters(parameters, model, kernel), kernel)
     comparison = compare(
         f"generation, {batch} at once",

@@ -162,18 +162,18 @@ def test_the_latency_curve_runs(script, tmp_path, capsys):
     latency_curve = script("latency_curve")
     files = {"json": tmp_path / "latency.json", "png": tmp_path / "latency.png"}
     presets = ("blackmamba_340m_1p5b", "transformer_moe")
-    latency_curve.main(latency_curve.Options(presets=presets, lengths=(8, 20), shrink=32, repeats=2, **files))
+    latency_curve.main(latency_curve.Options(presets=presets, lengths=(16, 48), shrink=32, repeats=2, **files))
     values = json.loads(files["json"].read_text())
     assert list(values["curves"]) == list(presets)
     for curve in values["curves"].values():
-        assert list(curve["seconds"]) == ["8", "20"]
+        assert list(curve["seconds"]) == ["16", "48"]
         assert curve["passes"] == 2
         assert curve["active"] < curve["total"]
     assert set(values["fastest"].values()) <= set(presets)
     assert files["png"].read_bytes().startswith(b"\x89PNG")
     assert "fastest" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="must increase"):
-        latency_curve.main(latency_curve.Options(lengths=(20, 8)))
+    with pytest.raises(SystemExit, match="increasing multiples"):
+        latency_curve.main(latency_curve.Options(lengths=(16, 20)))
 
 
 def test_the_comparison_of_int8_weights_runs(script, tmp_path, capsys):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -124,6 +126,29 @@ def test_limits_that_limit_nothing_change_no_draw():
     free = draw(logits, keys, ones, np.zeros(B, np.int32), ones)
     np.testing.assert_array_equal(draw(logits, keys, ones, np.full(B, V), ones), free)
     np.testing.assert_array_equal(draw(logits, keys, ones, np.full(B, 10 * V), ones), free)
+
+
+def test_the_caller_may_say_whether_rows_have_limits():
+    """Then nothing is looked at while running, and the draws are the same."""
+    B, V = 24, 40
+    logits, temperature, top_k, top_p = mixed_rows(B, V)
+    keys = row_keys(np.arange(B, dtype=np.uint32), np.zeros(B, np.int32))
+    said = partial(sample, logits, keys, temperature)
+    np.testing.assert_array_equal(said(top_k, top_p, limited=True), said(top_k, top_p))
+    none = np.zeros(B, np.int32), np.ones(B, np.float32)
+    np.testing.assert_array_equal(said(*none, limited=False), said(*none))
+    np.testing.assert_array_equal(said(top_k, top_p, limited=False), said(*none))
+    assert not SamplingConfig().limited
+    assert all(SamplingConfig(**limit).limited for limit in ({"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.1}))
+
+
+def test_the_least_top_p_is_greedy():
+    """However little probability is asked for, the most likely id has it, also where float32 has no number so small."""
+    logits, *_ = mixed_rows(50, 30)
+    keys, ones = row_keys(np.zeros(50, np.uint32), np.arange(50)), np.ones(50, np.float32)
+    for top_p in (1e-10, 1e-45, 1e-300):
+        ids = draw(logits, keys, ones, np.zeros(50, np.int32), np.full(50, top_p, np.float32))
+        np.testing.assert_array_equal(ids, logits.argmax(1))
 
 
 def test_seed_and_token_index_both_change_the_draw():
