@@ -187,7 +187,7 @@ class Engine:
         with self._news:
             if self._closing:
                 raise Closed("the engine is shutting down and takes no more requests")
-            if len(self._waiting) >= self._queue_bound:
+            if sum(not waiting._cancelled for waiting in self._waiting) >= self._queue_bound:
                 raise QueueFull(f"{self._queue_bound} requests wait already; try again later")
             self._waiting.push(request)
             self._counts.update(requests=1, prompt_tokens=len(ids))
