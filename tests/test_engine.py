@@ -204,10 +204,14 @@ def test_a_full_queue(model):
     engine = Engine(model, slots=1, queue=3)
     nothing = SamplingConfig(max_tokens=1)
     for _ in range(3):
-        engine.submit("x", nothing, lambda event: None)
+        request = engine.submit("x", nothing, lambda event: None)
     with pytest.raises(QueueFull, match="3 requests wait already"):
         engine.submit("x", nothing, lambda event: None)
     assert engine.statistics.waiting == 3
+    request.cancel()  # gives its place up at once
+    engine.submit("x", nothing, lambda event: None)
+    with pytest.raises(QueueFull):
+        engine.submit("x", nothing, lambda event: None)
     with engine:
         idle(engine)
         engine.submit("x", nothing, lambda event: None)

@@ -528,6 +528,7 @@ def test_a_full_queue_and_an_answer_that_takes_too_long(strict):
         for stream in streams:
             *_, last = [line for line in stream.iter_lines() if line]
             assert json.loads(last.removeprefix("data: "))["error"]["code"] == "request_time"
+    strict.wait_for("bm_jax_engine_waiting", 0)
     error = error_of(strict.post("/v1/completions", {"prompt": "a"} | LONG), 504)
     assert error["message"] == "the answer took longer than 1.5 seconds"
     strict.wait_for("bm_jax_engine_active", 0)
