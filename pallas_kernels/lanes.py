@@ -111,6 +111,14 @@ class LanesTogether(Lanes, Protocol):
         """Read `thread` and `block` again: the compiler cannot keep in registers what was made of them before."""
         ...
 
+    def copy(self, shared: Any, place: Sequence[Any], ref: Any, index: Sequence[Any]) -> None:
+        """Start copying VECTOR_BYTES from an input to shared memory; this lane alone may read them, after `copied`."""
+        ...
+
+    def copied(self) -> None:
+        """Wait for all that this lane is copying."""
+        ...
+
 
 def scatter_sum(lanes: Lanes, values: Sequence[Any], strides: Sequence[int]) -> list[Any]:
     """Sum over the lanes that differ in the bits `strides`, each lane keeping its share of the sums.
@@ -258,6 +266,7 @@ class _NumpyLanes:
         self.size = size
         self.thread = np.arange(size)
         self._warp = self.thread // WARP
+        self._copies: list[tuple[np.ndarray, Sequence[Any], list[np.ndarray]]] = []
         # For each element of shared memory, since the last barrier: the warps that read it and those that wrote it, as bits.
         self._shared = {id(array): (np.zeros(array.shape, int), np.zeros(array.shape, int)) for array in shared}
 
@@ -360,6 +369,16 @@ class _NumpyLanes:
 
     def anew(self) -> None:
         pass
+
+    def copy(self, shared: np.ndarray, place: Sequence[Any], ref: np.ndarray, index: Sequence[Any]) -> None:
+        width = VECTOR_BYTES // ref.dtype.itemsize
+        self._copies.append((shared, place, self.load(ref, index, width)))
+        self.store(shared, place, [np.nan] * width)  # until it is there
+
+    def copied(self) -> None:
+        for shared, place, values in self._copies:
+            self.store(shared, place, values)
+        self._copies.clear()
 
 
 def ceil_div(a: int, b: int) -> int:

@@ -318,6 +318,14 @@ class MosaicLanesTogether(MosaicLanes):
             fetched.append(vector.bitcast(ir.VectorType.get((size,), ref.element), packed))
         return fetched
 
+    def copy(self, shared: Ref, place: Sequence[Any], ref: Ref, index: Sequence[Any]) -> None:
+        to = llvm.ptrtoint(self._i32, self._address(shared, place, 0))
+        text = f"cp.async.cg.shared.global [$0], [$1], {VECTOR_BYTES};"
+        self._emit(text, to, self._address(ref, index, 0), constraints="r,l,~{memory}")
+
+    def copied(self) -> None:
+        self._emit("cp.async.wait_all;", constraints="~{memory}")
+
     def barrier(self) -> None:
         self._emit("bar.sync 0;")
 

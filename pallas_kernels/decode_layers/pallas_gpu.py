@@ -17,7 +17,8 @@ Not in the generator's decode path yet. What it takes on an H100 is in benchmark
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -32,6 +33,8 @@ WARPS = THREADS // WARP
 VECTOR = 8
 """Elements of a row that a lane takes at a time."""
 LOG2E = math.log2(math.e)
+SHARED_BYTES = 220 * 1024
+"""Of a Hopper processor's shared memory, what one block may have, and a little less."""
 COLUMNS = 128
 """Most columns of x_proj."""
 
@@ -58,6 +61,8 @@ class Sizes(NamedTuple):
     router_bias: bool
     eps: float
     blocks: int
+    ahead: bool = False
+    """Copy what a Mamba layer reads first to shared memory while the layer before it runs. Not timed yet."""
 
 
 class Row(NamedTuple):
@@ -65,8 +70,19 @@ class Row(NamedTuple):
 
     number: Any
     """`row * parts + part`, beyond the last one for a warp that has none."""
-    pieces: list[tuple[Any, Any, Any]]
-    """Of each piece: its first column for this lane, whether it is inside (None: always), and what was fetched."""
+    row: Any
+    places: list[tuple[Any, Any]]
+    """Of each piece: its first column for this lane, and whether it is inside (None: always)."""
+    weights: Sequence[Callable[[], list[Any]]] = ()
+    """Of each piece, once it is under way: its numbers, when they are there."""
+
+
+def split(most: int, length: int) -> tuple[int, int]:
+    """In how many parts warps take rows of this length, of which a block has so many, and how many pieces a part has."""
+    pieces = ceil_div(length // VECTOR, WARP)
+    # A part costs its pieces, and about two more for its sum.
+    parts = min(range(1, pieces + 1), key=lambda p: ceil_div(most * p, WARPS) * (ceil_div(pieces, p) + 2))
+    return parts, ceil_div(pieces, parts)
 
 
 class _Step:
@@ -88,10 +104,35 @@ class _Step:
         self, ref: Any, lead: tuple[Any, ...], first: Any, count: Any, most: int, length: int
     ) -> tuple[list[Row], int]:
         """Start reading rows `first` to `first + count` of `ref[lead]`; with the number of parts that a row has."""
-        lanes, pieces = self.lanes, ceil_div(length // VECTOR, WARP)
-        # A part costs its pieces, and about two more for its sum.
-        parts = min(range(1, pieces + 1), key=lambda p: ceil_div(most * p, WARPS) * (ceil_div(pieces, p) + 2))
-        each, rows = ceil_div(pieces, parts), []
+        lanes, fetched = self.lanes, []
+        rows, parts = self.rows(first, count, most, length)
+        for row in rows:
+            loads = [lanes.fetch(ref, (*lead, row.row, at), VECTOR) for at, _ in row.places]
+            fetched.append(row._replace(weights=[partial(lanes.unpack, load) for load in loads]))
+        return fetched, parts
+
+    def copy_rows(self, ref: Any, lead: tuple[Any, ...], first: Any, count: Any, most: int, length: int) -> None:
+        """Start copying rows to `ahead`, each piece where the lane that needs it finds it."""
+        rows, _ = self.rows(first, count, most, length)
+        places = [(row.row, at) for row in rows for at, _ in row.places]
+        for k, place in enumerate(places):
+            self.lanes.copy(self.refs.ahead, (k, self.lanes.thread, 0), ref, (*lead, *place))
+
+    def copied_rows(self, first: Any, count: Any, most: int, length: int) -> tuple[list[Row], int]:
+        """What `copy_rows` copied, as `fetch_rows` gives it."""
+        lanes, found, k = self.lanes, [], 0
+        lanes.copied()
+        rows, parts = self.rows(first, count, most, length)
+        for row in rows:
+            slots = range(k, k + len(row.places))
+            k += len(row.places)
+            loads = [partial(lanes.load, self.refs.ahead, (slot, lanes.thread, 0), VECTOR) for slot in slots]
+            found.append(row._replace(weights=loads))
+        return found, parts
+
+    def rows(self, first: Any, count: Any, most: int, length: int) -> tuple[list[Row], int]:
+        """Which rows and parts of them this lane's warp takes."""
+        lanes, (parts, each), rows = self.lanes, split(most, length), []
         exact = parts * each * WARP * VECTOR == length
 
         def columns(part: Any) -> list[tuple[Any, Any]]:
@@ -104,20 +145,19 @@ class _Step:
         for turn in range(ceil_div(most * parts, WARPS)):
             number = self.warp + turn * WARPS
             row = first + lanes.smaller(number // parts, count - 1)
-            places = whole if parts == 1 else columns(number % parts)
-            rows.append(Row(number, [(at, inside, lanes.fetch(ref, (*lead, row, at), VECTOR)) for at, inside in places]))
+            rows.append(Row(number, row, whole if parts == 1 else columns(number % parts)))
         return rows, parts
 
     def multiply(self, rows: Sequence[Row], tokens: Sequence[int]) -> None:
         """The rows' products with `x`, of these tokens, to `parts`, each part by itself."""
         lanes = self.lanes
-        weights = [[lanes.unpack(fetched) for _, _, fetched in row.pieces] for row in rows]
+        weights = [[take() for take in row.weights] for row in rows]
         places, totals = [], []
         for b in tokens:
             seen: dict[int, list[Any]] = {}  # rows read whole have the same columns
             for r, row in enumerate(rows):
                 total = 0.0
-                for (column, inside, _), weight in zip(row.pieces, weights[r], strict=True):
+                for (column, inside), weight in zip(row.places, weights[r], strict=True):
                     if id(column) not in seen:
                         seen[id(column)] = lanes.load(self.refs.x, (b, column), VECTOR)
                     piece = 0.0
@@ -230,6 +270,17 @@ class _Step:
 
     # --- layers ------------------------------------------------------------------------------------------------------
 
+    def copy_in_proj(self, i: Any, j: int) -> None:
+        """Start copying what the Mamba layer `j` of period `i` reads first."""
+        first, count, most = self.share(self.sizes.inner)
+        self.copy_rows(getattr(self.refs, f"in_proj_{j}"), (i,), first * 2, count * 2, most * 2, self.sizes.width)
+
+    def copy_next(self, i: Any, j: int) -> None:
+        """The same for the layer after layer `j` of period `i`, if it is one of Mamba."""
+        s, after = self.sizes, (j + 1) % len(self.sizes.kinds)
+        if s.ahead and s.kinds[after] == "mamba":
+            self.copy_in_proj(i if after else self.lanes.smaller(i + 1, s.repeats - 1), after)
+
     def mamba(self, i: Any, j: int) -> Iterator[None]:
         s = self.sizes
         self.project_in(i, j)
@@ -252,7 +303,8 @@ class _Step:
         first, count, most = self.share(s.inner)
         columns = s.rank + 2 * s.states
         residual, scale = self.read_residual(), self.norm_weights(i, j)
-        rows, parts = self.fetch_rows(own("in_proj"), (i,), first * 2, count * 2, most * 2, s.width)
+        share = (first * 2, count * 2, most * 2, s.width)
+        rows, parts = ([], 0) if s.ahead else self.fetch_rows(own("in_proj"), (i,), *share)
         column = lanes.smaller(T, columns - 1)
         x_proj = [lanes.fetch(own("x_proj"), (i, first + lanes.smaller(T * 0 + c, count - 1), column), 1) for c in range(most)]
         mine = lanes.smaller(T, count - 1)
@@ -260,7 +312,10 @@ class _Step:
         bias = lanes.load(own("conv_bias"), (i, first + mine), 1)[0]
         earlier = [[lanes.load(own("conv"), (i, b, k, first + mine), 1)[0] for k in range(s.taps - 1)] for b in range(s.batch)]
         self.normed(residual, scale)
+        if s.ahead:
+            rows, parts = self.copied_rows(*share)
         self.multiply(rows, range(s.batch))
+        self.copy_next(i, j)
         lanes.barrier()
         for b in range(s.batch):
             taps = [*earlier[b], self.row(b, mine * 2, parts)]
@@ -396,6 +451,8 @@ class _Step:
         parts = 1
         for lead, tokens in together:
             rows, parts = self.fetch_rows(w_in, lead, first * 2, count * 2, most * 2, s.width)
+            if lead is together[-1][0]:
+                self.copy_next(i, j)
             self.multiply(rows, tokens)
         lanes.barrier()
         mine = lanes.smaller(T, count - 1)
@@ -419,6 +476,8 @@ class _Step:
         at = first + lanes.smaller(lanes.thread, count - 1)
         for b in range(self.sizes.batch):
             lanes.store(refs.residual_out, (b, at), lanes.load(refs.residual, (b, at), 1), where=lanes.thread < count)
+        if self.sizes.ahead and self.sizes.kinds[0] == "mamba":
+            self.copy_in_proj(lanes.thread * 0, 0)
         yield
 
         def period(i: Any) -> Iterator[None]:
@@ -427,6 +486,8 @@ class _Step:
                 yield from getattr(_Step(self.sizes, lanes, refs), kind)(i, j)
 
         yield from lanes.repeat(self.sizes.repeats, period)
+        if self.sizes.ahead:
+            lanes.copied()  # what was begun for a layer after the last
 
 
 def refusal(sizes: Sizes) -> str | None:
@@ -492,6 +553,14 @@ def decode_layers_gpu(residual: Array, arrays: Mapping[str, Array], sizes: Sizes
         "sums": f32(B, WARPS), "scores": f32(B, max(s.experts, 1)), "u": f32(B, channels), "z": f32(B, channels),
         "steps": f32(B, channels), "groups": f32(B, THREADS // COLUMNS, COLUMNS), "low": f32(B, COLUMNS),
     }  # fmt: skip
+    if s.ahead:
+        parts, each = split(2 * channels, s.width)
+        pieces = ceil_div(2 * channels * parts, WARPS) * each
+        shared = {"ahead": jax.ShapeDtypeStruct((pieces, THREADS, VECTOR), jnp.bfloat16)} | shared
+        if (needed := sum(x.size * x.dtype.itemsize for x in shared.values())) > SHARED_BYTES:
+            raise NotImplementedError(
+                f"decode_layers: {needed:,} bytes of shared memory are more than {SHARED_BYTES:,}; not ahead"
+            )
     inputs = {"residual": residual} | dict(arrays)
 
     def program(lanes: LanesTogether, refs: SimpleNamespace) -> Iterator[None]:
