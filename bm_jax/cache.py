@@ -16,8 +16,9 @@ from bm_jax.config import ModelConfig
 class Cache(NamedTuple):
     """State after some tokens; `forward` takes one and returns the next.
 
-    A row goes on with the document of its last token, so pad on the left: after padding on the right it would go on with
-    the padding. Attention layers must be fed at most the `max_length` tokens that they were given room for.
+    A row goes on with the document of its last token. Rows of different lengths are padded on the right, with the `lengths`
+    of `forward`, or on the left, with `segment_ids` of 0: only then the padding counts as fed. Attention layers must be fed
+    at most the `max_length` tokens that they were given room for.
     """
 
     layers: dict[str, dict[str, dict[str, Array]]]
@@ -27,13 +28,13 @@ class Cache(NamedTuple):
     positions: Array
     """Tokens of that segment so far `[B]`."""
     length: Array
-    """Tokens fed so far, padding included `[B]`."""
+    """Tokens fed so far `[B]`."""
 
 
 def init_cache(config: ModelConfig, batch: int, max_length: int = 0) -> Cache:
     """An empty cache for `batch` rows.
 
-    `max_length` is the number of tokens, padding included, that the cache will be fed; only attention layers allocate
+    `max_length` is the number of tokens that the cache will be fed; only attention layers allocate
     room by it. Taps, keys and values are in the compute dtype, scan states in float32.
     """
     if "attention" in config.kinds and max_length < 1:

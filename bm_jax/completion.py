@@ -49,7 +49,9 @@ class Detokenizer:
         self._tokenizer = tokenizer
         self._ids = list(before[-self.CONTEXT :])
         text = tokenizer.decode(self._ids)
-        self._done = text[: _settled(text)]
+        # A prompt may end with U+FFFD itself, which is no part of a character then.
+        whole = _settled(text) == len(text) or list(tokenizer.encode(text)) == self._ids
+        self._done = text if whole else text[: _settled(text)]
 
     def push(self, ids: Sequence[int]) -> str:
         """Text that `ids` settle."""
@@ -59,10 +61,10 @@ class Detokenizer:
         if settled < len(text) and not text[:settled].startswith(self._done):
             return ""  # a tokenizer that shows a whole run of bytes as broken until its last character is complete
         piece, self._done = text[len(self._done) : settled], text[:settled]
-        if settled == len(text) and len(self._ids) > 4 * self.CONTEXT:
-            kept = self._tokenizer.decode(self._ids[-self.CONTEXT :])
-            if text.endswith(kept):
-                self._ids, self._done = self._ids[-self.CONTEXT :], kept
+        if len(self._ids) > 4 * self.CONTEXT:
+            kept, held = self._tokenizer.decode(self._ids[-self.CONTEXT :]), len(text) - settled
+            if text.endswith(kept) and len(kept) > held:
+                self._ids, self._done = self._ids[-self.CONTEXT :], kept[: len(kept) - held]
         return piece
 
     def flush(self) -> str:

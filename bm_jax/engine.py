@@ -5,8 +5,8 @@ device draw a few tokens for all slots, and hands out what it drew in the turn b
 host turns the last one into text. A request that ends, or is cancelled, leaves its slot to the next.
 
 What a request gets does not depend on the others: each row of the device's batch is computed by itself, and every prompt is
-read alone, in pieces that depend on its length only. Pieces that were read before, of this or another prompt that starts with
-the same ids, are taken from saved states (`Prefixes`) instead of being read again, which changes no bit.
+read alone, in pieces that depend on its length only. Whole pieces that were read before, of this or another prompt that starts
+with the same ids, are taken from saved states (`Prefixes`) instead of being read again, which changes no bit.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from __future__ import annotations
 import collections
 import dataclasses
 import logging
+import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -102,6 +103,8 @@ class _Reading:
 
     request: Request
     slot: int
+    keys: Mapping[int, bytes]
+    """Of the prompt's first pieces, for `Prefixes`."""
     state: State | None = None
     read: int = 0
 
@@ -141,12 +144,12 @@ class Engine:
         room: int = 8192,
         prefix_bytes: int = 2**28,
     ) -> None:
-        for name, value in (("slots", slots), ("queue", queue), ("room", room)):
-            if value < 1:
-                raise ConfigError(f"{name} must be at least 1, got {value}")
+        for name, value, least in (("slots", slots, 1), ("queue", queue, 1), ("room", room, 3)):
+            if value < least:
+                raise ConfigError(f"{name} must be at least {least}, got {value}")
         if chunk < SHORTEST_PIECE or chunk & (chunk - 1):
             raise ConfigError(f"chunk must be a power of two of at least {SHORTEST_PIECE}, got {chunk}")
-        self.model, self._chunk = model, chunk
+        self.model = model
         self._config = unrolled(model.config)
         attention = "attention" in self._config.kinds
         self.room = min(room, model.max_prompt_tokens or room) if attention else 0
@@ -154,11 +157,11 @@ class Engine:
         self._queue_bound, self._waiting = queue, _FairQueue()
         self._owners: list[Request | None] = [None] * slots
         self._readings: collections.deque[_Reading] = collections.deque()
-        self._prefixes = Prefixes(chunk, prefix_bytes)
+        self._chunk, self._prefix_bytes = chunk, prefix_bytes
         self._news = threading.Condition()
         self._closing, self._abort, self._thread = False, False, None
         self._counts: collections.Counter[str] = collections.Counter()
-        self._start_anew()
+        self._forget()
 
     # --- for any thread --------------------------------------------------------------------------------------------------
 
@@ -204,6 +207,8 @@ class Engine:
 
     def start(self) -> None:
         """Turn in a thread of its own, until `close`."""
+        if self._thread is not None or self._closing:
+            raise RuntimeError("the engine was started already")
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -218,9 +223,15 @@ class Engine:
             self._wake()
             self._thread.join()
             self._thread = None
+        for request in self._all():  # there was no thread to end them
+            self._end(request, request._writer.cancel())
 
     def warm(self) -> None:
-        """Compile every program that requests need, short of lists of more than `decoding.LIST` biased ids or stop tokens."""
+        """Compile every program that requests need, short of lists of more than `decoding.LIST` biased ids or stop tokens.
+
+        Raises:
+            Exception: what the device or the compiler says against it.
+        """
         size = SHORTEST_PIECE
         while size <= self._chunk:
             # A whole piece, and then one of this size that is not full.
@@ -228,16 +239,20 @@ class Engine:
                 read = state.empty(self._config, 1, self.room)
                 state.read_on(self.model.inference[0], read, tokens, lengths, self._config)
             size *= 2
+        for size in {min(1 << k, self.room) for k in range(self.room.bit_length() + 1)} if self.room else ():
+            state.with_room(Prefixes.copy(state.empty(self._config, 1, self.room), size), self.room)
         plain = SamplingConfig(max_tokens=2)
         for change in ({}, {"logprobs": 0}, {"top_k": 2}, {"top_k": 2, "logprobs": 0}):
             config = dataclasses.replace(plain, **change)
-            done = threading.Event()
-            self.submit([0], config, lambda event, done=done: done.set() if event.completion or event.error else None)
-            while not done.is_set():
+            last: queue.Queue[Event] = queue.Queue()
+            self.submit([0], config, last.put)
+            event = None
+            while event is None or not (event.completion or event.error):
                 if self._thread is None:
                     self._turn()
-                else:
-                    done.wait(0.1)
+                event = last.get() if self._thread is not None or not last.empty() else None
+            if event.error is not None:
+                raise event.error
         self._counts.clear()
 
     def __enter__(self) -> Engine:
@@ -276,15 +291,22 @@ class Engine:
         with self._news:
             return [*self._waiting, *(owner for owner in self._owners if owner is not None)]
 
-    def _start_anew(self) -> None:
-        """Empty slots."""
-        B = len(self._owners)
-        cache = self.model.decoding_cache(state.empty(self._config, B, self.room).cache, B)
-        zero = jnp.zeros(B, jnp.int32)
-        self._going = decoding.Going(cache, None, zero, zero + 0, zero > 0)
+    def _forget(self) -> None:
+        """Nothing is left of the device's arrays, which may be the results of what failed."""
+        self._going: decoding.Going | None = None
+        self._prefixes = Prefixes(self._chunk, self._prefix_bytes)
         self._rows: decoding.Rows | None = None
         self._flight: _Flight | None = None
         self._firsts: list[tuple[Request, decoding.Choice]] = []
+
+    def _slots(self) -> decoding.Going:
+        """Where each slot is; empty ones, when there are none yet."""
+        if self._going is None:
+            B = len(self._owners)
+            cache = self.model.decoding_cache(state.empty(self._config, B, self.room).cache, B)
+            zero = jnp.zeros(B, jnp.int32)
+            self._going = decoding.Going(cache, None, zero, zero + 0, zero > 0)
+        return self._going
 
     def _turn(self) -> None:
         self._drop_cancelled()
@@ -295,7 +317,8 @@ class Engine:
         ]
         drawn, owners = None, [owner if ready[slot] else None for slot, owner in enumerate(self._owners)]
         if any(owners):
-            going = self._going._replace(alive=_both(self._going.alive, np.array(ready)), seen=self._seen())
+            going = self._slots()
+            going = going._replace(alive=_both(going.alive, np.array(ready)), seen=self._seen())
             limited = any(owner._config.limited for owner in owners if owner is not None)
             self._going, drawn = self.model.decode(going, self._device_rows(), STEPS, limited)
         before, self._flight = self._flight, None
@@ -314,24 +337,25 @@ class Engine:
             for slot, owner in enumerate(self._owners):
                 if owner is None and len(self._waiting):
                     self._owners[slot] = request = self._waiting.pop()
-                    self._readings.append(_Reading(request, slot))
+                    self._readings.append(_Reading(request, slot, self._prefixes.keys(request._ids)))
                     self._rows = None
 
     def _read_some(self) -> None:
-        """Read one chunk of the first prompt, or several short prompts."""
+        """Read one chunk of a prompt, or several short prompts, in turn."""
         budget = self._chunk
         while self._readings and budget > 0:
             reading = self._readings[0]
             budget -= self._read_piece(reading)
+            self._readings.rotate(-1)  # the other prompts' turn
             if reading.read == len(reading.request._ids):
-                self._readings.popleft()
+                self._readings.remove(reading)
                 self._begin(reading)
 
     def _read_piece(self, reading: _Reading) -> int:
         """Read the next piece of a prompt; how many tokens the device read."""
         ids, read = reading.request._ids, reading.state
         if read is None:
-            reading.read, found = self._prefixes.find(ids)
+            reading.read, found = self._prefixes.find(reading.keys)
             self._counts["reused_tokens"] += reading.read
             # A copy of what was found, since reading on writes over it.
             read = state.with_room(found.fork([0]), self.room) if found else state.empty(self._config, 1, self.room)
@@ -342,7 +366,7 @@ class Engine:
         ((tokens, lengths),) = pieces([part], 1, self._chunk, SHORTEST_PIECE)
         reading.state = read = state.read_on(self.model.inference[0], read, tokens, lengths, self._config)
         reading.read += len(part)
-        self._prefixes.keep(ids, reading.read, read)
+        self._prefixes.keep(reading.keys, reading.read, read)
         return tokens.shape[1]
 
     def _begin(self, reading: _Reading) -> None:
@@ -355,15 +379,15 @@ class Engine:
         seen = None if held is None else Seen(read.seen, jnp.zeros(read.seen.shape, jnp.int32))
         choice = decoding.choose(self.model.inference[1], read.hidden, rows, np.zeros(1, np.int32), seen, self._config)
         cache = self.model.decoding_cache(read.cache, len(self._owners))
-        self._going = _take_slot(self._going._replace(seen=held), np.int32(reading.slot), cache, choice, rows)
+        self._going = _take_slot(self._slots()._replace(seen=held), np.int32(reading.slot), cache, choice, rows)
         self._firsts.append((request, choice))
 
     def _seen(self) -> Seen | None:
         """What penalties and log-probabilities need, where a request in a slot asks for them."""
         if not any(owner is not None and decoding.needs_seen(owner._config) for owner in self._owners):
             return None
-        if self._going.seen is not None:
-            return self._going.seen
+        if (held := self._slots().seen) is not None:
+            return held
         shape = (len(self._owners), self._config.vocab_size)
         return Seen(jnp.zeros(shape, bool), jnp.zeros(shape, jnp.int32))
 
@@ -392,7 +416,12 @@ class Engine:
     def _push(self, request: Request, ids: list[int], said: Any) -> None:
         if request.ended or not ids:
             return
-        text = request._writer.push(ids, said)
+        try:
+            text = request._writer.push(ids, said)
+        except Exception as error:  # of the tokenizer, say: it is this request's alone
+            logger.exception("a request failed")
+            self._give_up(request, error)
+            return
         if request._writer.completion is None:
             self._tell(request, self._news_of(request, text))
         else:
@@ -414,11 +443,13 @@ class Engine:
 
     def _fail(self, error: Exception) -> None:
         for request in self._all():
-            self._counts["failed"] += 1
-            self._release(request)
-            self._tell(request, Event("", (), None, None, error))
-        self._readings.clear()
-        self._start_anew()
+            self._give_up(request, error)
+        self._forget()
+
+    def _give_up(self, request: Request, error: Exception) -> None:
+        self._counts["failed"] += 1
+        self._release(request)
+        self._tell(request, Event("", (), None, None, error))
 
     def _release(self, request: Request) -> None:
         """It has ended: its slot, or its place in the queue, is free."""

@@ -220,12 +220,16 @@ class LanguageModel:
             raise ValueError("prefill: there is no prompt")
         if after is not None and len(after.recent) not in (1, len(ids)):
             raise ValueError(f"prefill: got {len(ids)} prompts after a state of {len(after.recent)} rows")
+        if after is not None:
+            state.check(after, unrolled(self.config), "prefill: the state")
+            if "attention" in self.config.kinds:
+                self._check_room(int(np.max(after.read)) + max(map(len, ids)), 0, "the state and the prompts")
         read = self._read(ids, after)
         return read if len(read.recent) == len(ids) else read.fork(range(len(ids)))
 
     def step(self, after: State, tokens: Sequence[int]) -> State:
         """Read one more id of each row."""
-        return self.prefill([[int(token)] for token in tokens], after)
+        return self.prefill([[token] for token in tokens], after)
 
     def next_logits(self, after: State) -> np.ndarray:
         """Logits of the next token of each row, float32 `[B, V]`."""
@@ -302,6 +306,7 @@ class LanguageModel:
         for config in configs:
             self.check_bias(config)
         if isinstance(prompts, State):
+            state.check(prompts, unrolled(self.config), "the state")
             if len(prompts.recent) != len(configs):
                 raise ValueError(f"stream: a state of {len(prompts.recent)} rows; take one of them by fork([row])")
             ids, order = [], list(range(len(configs)))

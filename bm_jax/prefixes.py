@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -13,10 +13,7 @@ from bm_jax.state import State
 
 
 class Prefixes:
-    """States after the first tokens of prompts.
-
-    Kept are the whole prompt and the first 1, 2, 4, 8, ... pieces of it, so that a prompt that shares n pieces with an earlier
-    one is read from more than half of them on.
+    """States after the first tokens of prompts: after each whole piece, and after the whole prompt.
 
     Args:
         chunk: tokens of a piece.
@@ -28,25 +25,20 @@ class Prefixes:
         self._kept: collections.OrderedDict[bytes, State] = collections.OrderedDict()
         self._bytes = 0
 
-    def find(self, ids: Sequence[int]) -> tuple[int, State | None]:
-        """The longest part of `ids` that there is a state of, in tokens, and that state."""
-        if self._kept:
-            keys = self._keys(ids)
-            for length in sorted(keys, reverse=True):
-                if keys[length] in self._kept:
-                    self._kept.move_to_end(keys[length])
-                    return length, self._kept[keys[length]]
+    def find(self, keys: Mapping[int, bytes]) -> tuple[int, State | None]:
+        """The longest part of a prompt with these keys that there is a state of, in tokens, and that state."""
+        for length in sorted(keys, reverse=True):
+            if keys[length] in self._kept:
+                self._kept.move_to_end(keys[length])
+                return length, self._kept[keys[length]]
         return 0, None
 
-    def keep(self, ids: Sequence[int], length: int, read: State) -> None:
-        """Keep a copy of the state after the first `length` of `ids`, if it is one of those to keep."""
-        number, rest = divmod(length, self._chunk)
-        if self._most == 0 or not (length == len(ids) or (rest == 0 and number & (number - 1) == 0)):
+    def keep(self, keys: Mapping[int, bytes], length: int, read: State) -> None:
+        """Keep a copy of the state after the first `length` tokens of a prompt, of which `keys` are known."""
+        key = keys[length]
+        if key in self._kept or self._most == 0:
             return
-        key = self._keys(ids[:length])[length]
-        if key in self._kept:
-            return
-        kept = state.with_room(read, min(state.room(read), 1 << (length - 1).bit_length())).fork([0])
+        kept = self.copy(read, 1 << (length - 1).bit_length())
         size = state.size_in_bytes(kept)
         if size > self._most:
             return
@@ -55,7 +47,12 @@ class Prefixes:
         while self._bytes > self._most:
             self._bytes -= state.size_in_bytes(self._kept.popitem(last=False)[1])
 
-    def _keys(self, ids: Sequence[int]) -> dict[int, bytes]:
+    @staticmethod
+    def copy(read: State, room: int) -> State:
+        """The same in memory of its own, attention having room for at most so many tokens."""
+        return state.with_room(read, min(state.room(read), room)).fork([0])
+
+    def keys(self, ids: Sequence[int]) -> dict[int, bytes]:
         """By length, what names the first tokens of `ids`: every whole piece, and all of it."""
         digest, keys = hashlib.sha256(), {}
         array = np.asarray(ids, np.int32)

@@ -22,6 +22,8 @@ from jax import Array
 
 from bm_jax.config import ConfigError
 
+LARGEST = 1e30
+"""Of any number that may be asked for: what float32 can still divide by and subtract."""
 MOST_ALTERNATIVES = 20
 """Most alternatives of a token whose log-probabilities may be asked for."""
 
@@ -47,7 +49,7 @@ class SamplingConfig:
     frequency_penalty: float = 0.0
     """Taken from the logits of ids in the completion once for each time they are in it."""
     logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
-    """Added to the logits of these ids, before penalties; -inf never draws an id."""
+    """Added to the logits of these ids, before penalties; -inf never draws an id, while others may be drawn."""
     seed: int = 0
     stop: tuple[str, ...] = ()
     """The completion ends before the first of these strings to be completed."""
@@ -58,20 +60,24 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         self._check("max_tokens", _is_integer(self.max_tokens) and 1 <= self.max_tokens < 2**31, "a positive integer")
-        finite = _is_number(self.temperature) and math.isfinite(self.temperature)
-        self._check("temperature", finite and self.temperature >= 0, "a finite number of at least 0 (0 is greedy)")
+        finite = _is_number(self.temperature) and abs(self.temperature) <= LARGEST
+        self._check("temperature", finite and self.temperature >= 0, "a number of at least 0 (0 is greedy), up to 1e30")
         k, p = self.top_k, self.top_p
         self._check("top_k", k is None or (_is_integer(k) and 1 <= k < 2**31), "an integer of at least 1, or None")
         self._check("top_p", p is None or (_is_number(p) and 0 < p <= 1), "greater than 0 and at most 1, or None")
         self._check("min_p", _is_number(self.min_p) and 0 <= self.min_p <= 1, "from 0 to 1")
-        positive = _is_number(self.repetition_penalty) and 0 < self.repetition_penalty < math.inf
-        self._check("repetition_penalty", positive, "a finite number greater than 0 (1 for none)")
+        positive = _is_number(self.repetition_penalty) and 1 / LARGEST <= self.repetition_penalty <= LARGEST
+        self._check("repetition_penalty", positive, "a number greater than 0 (1 for none), from 1e-30 to 1e30")
         for name in ("presence_penalty", "frequency_penalty"):
             value = getattr(self, name)
-            self._check(name, _is_number(value) and math.isfinite(value), "a finite number (0 for none)")
+            self._check(
+                name, _is_number(value) and abs(value) <= LARGEST, "a finite number (0 for none), up to 1e30 either way"
+            )
         bias = self.logit_bias
-        pairs = isinstance(bias, Mapping) and all(_is_id(i) and _is_number(b) and b < math.inf for i, b in bias.items())
-        self._check("logit_bias", pairs, "ids and numbers, finite or -inf")
+        pairs = isinstance(bias, Mapping) and all(
+            _is_id(i) and _is_number(b) and (abs(b) <= LARGEST or b == -math.inf) for i, b in bias.items()
+        )
+        self._check("logit_bias", pairs, "ids and numbers, up to 1e30 either way or -inf")
         ids = isinstance(self.stop_tokens, tuple) and all(map(_is_id, self.stop_tokens))
         self._check("stop_tokens", ids, "a tuple of ids")
         n = self.logprobs
@@ -219,7 +225,8 @@ def sample(
 
     def draw(limited: bool | None) -> Array:
         # The largest is subtracted first, so that no temperature overflows.
-        scaled = (logits - jnp.max(logits, axis=-1, keepdims=True)) / jnp.where(greedy, 1, temperature)[:, None]
+        divisor = jnp.where(greedy, 1, jnp.minimum(temperature, LARGEST))[:, None]
+        scaled = (logits - jnp.max(logits, axis=-1, keepdims=True)) / divisor
         kept, everything = lambda: candidates(scaled, top_k, top_p, min_p), lambda: jnp.ones_like(scaled, dtype=bool)
         # Sorting the vocabulary costs more than all the rest.
         if limited is None:

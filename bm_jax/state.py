@@ -1,7 +1,8 @@
 """What a model keeps of text that it has read, as a value: read a prompt once, go on from it many times, keep it in a file.
 
-A `State` is arrays, and every function here is pure: a state that was read on from, forked or saved is still what it was. For
-a model without attention its size does not depend on how much was read.
+A `State` is arrays that nothing changes: one that was forked, saved or generated from is still what it was. (`read_on` alone
+takes its state's memory; `LanguageModel` hands it copies.) For a model without attention its size does not depend on how much
+was read.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import threading
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,9 +49,16 @@ class State(NamedTuple):
         """Tokens read so far, int32 `[B]`."""
         return self.cache.length
 
-    def fork(self, rows: Any) -> State:
-        """The state of these rows, each as often as it is named."""
-        return fork(self, jnp.asarray(rows, jnp.int32))
+    def fork(self, rows: Sequence[int]) -> State:
+        """The state of these rows, each as often as it is named.
+
+        Raises:
+            ValueError: not a list of this state's rows.
+        """
+        count, chosen = len(self.recent), np.asarray(rows)
+        if chosen.ndim != 1 or not np.issubdtype(chosen.dtype, np.integer) or not ((chosen >= 0) & (chosen < count)).all():
+            raise ValueError(f"fork: rows must be a list of integers from 0 to {count - 1}, got {rows!r}")
+        return fork(self, chosen.astype(np.int32))
 
 
 @partial(jax.jit, static_argnames=("config", "batch", "room"))
@@ -81,19 +91,6 @@ def fork(state: State, rows: Array) -> State:
     return _rows_first(jax.tree.map(lambda leaf: leaf[rows], _rows_first(state)))
 
 
-@jax.jit
-def join(states: list[State]) -> State:
-    """The rows of several states; attention layers must have equal room."""
-    return _rows_first(jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *map(_rows_first, states)))
-
-
-@partial(jax.jit, donate_argnames=("state",))
-def replace(state: State, row: Array, one: State) -> State:
-    """`state`, in its memory, with its row number `row` that of `one`, which has one row."""
-    put = lambda leaf, new: leaf.at[row].set(new[0])  # noqa: E731
-    return _rows_first(jax.tree.map(put, _rows_first(state), _rows_first(one)))
-
-
 def _rows_first(state: State) -> State:
     """Rows as the first axis of every array, where a cache's layers have them second; and back again."""
     layers = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), state.cache.layers)
@@ -107,14 +104,16 @@ def room(state: State) -> int:
 
 def with_room(state: State, size: int) -> State:
     """The same with room for `size` tokens, which must be at least what was read."""
+    return state if size == room(state) else _resized(state, size)
 
+
+@partial(jax.jit, static_argnames=("size",))
+def _resized(state: State, size: int) -> State:
     def resize(path: tuple[Any, ...], leaf: Array) -> Array:
         if path[-1].key not in ("key", "value"):
             return leaf
         return jnp.pad(leaf[:, :, :size], ((0, 0), (0, 0), (0, max(0, size - leaf.shape[2])), (0, 0), (0, 0)))
 
-    if size == room(state):
-        return state
     layers = jax.tree_util.tree_map_with_path(resize, state.cache.layers)
     return state._replace(cache=state.cache._replace(layers=layers))
 
@@ -129,22 +128,40 @@ def size_in_bytes(state: State) -> int:
 
 
 def model_digest(parameters: Parameters, config: ModelConfig) -> str:
-    """What tells models apart whose states must not be mixed: a digest of the configuration and of some parameters."""
+    """What tells models apart whose states must not be mixed: a digest of the configuration and a part of every parameter."""
     digest = hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode())
-    for leaf in (parameters["final_norm"], parameters["embedding"][:64]):
-        digest.update(np.asarray(leaf, np.float32).tobytes())
+    for leaf in jax.tree.leaves(parameters):
+        digest.update(np.asarray(leaf[(0,) * (leaf.ndim - 1)][:64], np.float32).tobytes())
     return digest.hexdigest()
+
+
+def check(state: State, config: ModelConfig, where: str) -> None:
+    """Raise ConfigError unless this is a state of a model with this (unrolled) configuration."""
+    rows, size = len(state.recent), room(state)
+    expected = jax.eval_shape(lambda: empty(config, rows, size))
+    found = {name: (leaf.shape, leaf.dtype) for name, leaf in _leaves(state)}
+    for name, leaf in _leaves(expected):
+        if found.pop(name, None) != (leaf.shape, leaf.dtype):
+            raise ConfigError(f"{where} is not a state of this model: {name} should be {leaf.dtype} {leaf.shape}")
+    if found:
+        raise ConfigError(f"{where} is not a state of this model, which has no {min(found)}")
 
 
 def save(state: State, file: str | os.PathLike[str], digest: str) -> None:
     """Write a state as a safetensors file with a checksum, all or nothing; a file of that name is replaced.
 
     `digest` is the model's, see `model_digest`.
+
+    Raises:
+        ConfigError: there is no such folder.
+        OSError: the disk is full, or the file cannot be written; the old one is still there.
     """
     path = Path(file).absolute()
+    if not path.parent.is_dir():
+        raise ConfigError(f"{path.parent} is not a folder that a state could be saved in; make it first")
     arrays = {name: np.asarray(jax.device_get(leaf)) for name, leaf in _leaves(state)}
     metadata = {"format": FORMAT, "version": str(VERSION), "model": digest, "checksum": _checksum(arrays)}
-    partial_path = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial_path = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.partial")
     try:
         kinds = {name: Kind(array.dtype, array.shape) for name, array in arrays.items()}
         write_tensor_file(partial_path, kinds, arrays.values(), metadata)
@@ -175,10 +192,15 @@ def load(file: str | os.PathLike[str], config: ModelConfig, digest: str) -> Stat
         raise ConfigError(f"{path} is not a readable state: {error}") from None
     if _checksum(arrays) != found.get("checksum"):
         raise ConfigError(f"{path} is damaged: its checksum is not that of what it holds")
-    rows = len(arrays["seen"])
-    size = max((array.shape[2] for name, array in arrays.items() if name.endswith("/key")), default=0)
+    rows = len(arrays.get("seen", ()))
+    size = max((array.shape[2] for name, array in arrays.items() if name.endswith("/key") and array.ndim > 2), default=0)
     shape = jax.eval_shape(lambda: empty(config, rows, size))
-    return jax.tree.unflatten(jax.tree.structure(shape), [jnp.asarray(arrays[name]) for name, _ in _leaves(shape)])
+    missing = [name for name, leaf in _leaves(shape) if name not in arrays or arrays[name].shape != leaf.shape]
+    if missing or len(arrays) != len(_leaves(shape)):
+        raise ConfigError(f"{path} is not a state of this model: {', '.join(missing[:1] or ['it'])} is not as it should be")
+    kept = jax.tree.unflatten(jax.tree.structure(shape), [jnp.asarray(arrays[name]) for name, _ in _leaves(shape)])
+    check(kept, config, str(path))
+    return kept
 
 
 def _checksum(arrays: dict[str, np.ndarray]) -> str:

@@ -116,7 +116,14 @@ def test_events_add_up_to_the_completion(engine):
     assert all(event.completion is None for event in listener.pieces[:-1])
 
 
-def test_nothing_is_compiled_while_requests_come_and_go(engine):
+@pytest.mark.parametrize("layers", [FAMILIES[0], FAMILIES[-1]], ids="-".join)
+def test_nothing_is_compiled_while_requests_come_and_go(layers):
+    with Engine(tiny_model(tiny_config(layers)), slots=3, chunk=16, room=64) as engine:
+        engine.warm()
+        nothing_is_compiled(engine)
+
+
+def nothing_is_compiled(engine):
     for i in (1, 16, 33):  # the small programs around
         finished(engine, "y" * i, max_tokens=3)
         finished(engine, "y" * i, max_tokens=3, logprobs=1)
@@ -141,7 +148,7 @@ def test_prompts_are_read_once(model):
         assert finished(engine, long, max_tokens=4, temperature=0) == first
         assert engine.statistics.reused_tokens == len(long)
         shared = finished(engine, long[:100] + "!", max_tokens=4, temperature=0)
-        assert engine.statistics.reused_tokens == len(long) + 64
+        assert engine.statistics.reused_tokens == len(long) + 96  # every whole piece
     with Engine(model, slots=2, chunk=16, prefix_bytes=0) as engine:
         assert finished(engine, long[:100] + "!", max_tokens=4, temperature=0) == shared
         finished(engine, long[:100] + "!", max_tokens=4, temperature=0)
@@ -150,15 +157,15 @@ def test_prompts_are_read_once(model):
 
 def test_saved_prefixes_are_bounded(model):
     with Engine(model, slots=2, chunk=16) as engine:
-        finished(engine, "a" * 100, max_tokens=1)
+        finished(engine, "a" * 16, max_tokens=1)
         size = engine._prefixes._bytes // len(engine._prefixes)
     with Engine(model, slots=2, chunk=16, prefix_bytes=3 * size + size // 2) as engine:
         for i in range(6):
-            finished(engine, f"{i}" * 100, max_tokens=1)
+            finished(engine, f"{i}" * 16, max_tokens=1)
             assert len(engine._prefixes) <= 3
             assert engine._prefixes._bytes <= 3 * size + size // 2
-        finished(engine, "5" * 100, max_tokens=1)
-        assert engine.statistics.reused_tokens == 100  # the newest is still there
+        finished(engine, "5" * 16, max_tokens=1)
+        assert engine.statistics.reused_tokens == 16  # the newest is still there
 
 
 # --- cancelling, queueing, failing -----------------------------------------------------------------------------------
@@ -227,6 +234,14 @@ def test_closing_lets_what_runs_finish_or_not(model):
     with pytest.raises(Closed, match="shutting down"):
         engine.submit("x", SamplingConfig(), lambda event: None)
 
+    with pytest.raises(RuntimeError, match="started already"):
+        engine.start()
+
+    engine = Engine(model, slots=1)
+    waits = Listener(engine, "x")
+    engine.close()  # it was never started
+    assert waits.finish().finish_reason == "cancelled"
+
     engine = Engine(model, slots=1, chunk=16)
     engine.start()
     listeners = [Listener(engine, "x", max_tokens=10**6, logit_bias={256: -float("inf")}) for _ in range(2)]
@@ -241,9 +256,38 @@ def test_a_listener_that_fails_is_alone(engine):
     def broken(event):
         raise RuntimeError("gone")
 
+    wanted = finished(engine, "abc", max_tokens=5)
     engine.submit("x", SamplingConfig(max_tokens=10**6, logit_bias={256: -float("inf")}), broken)
-    assert finished(engine, "abc", max_tokens=5).text is not None
+    assert finished(engine, "abc", max_tokens=5) == wanted
     idle(engine)
+
+
+def test_a_request_that_fails_is_alone(engine):
+    """The tokenizer may refuse what a request draws; the others go on."""
+    wanted = finished(engine, "abc", max_tokens=20, seed=3)
+    broken = Listener(engine, "x", max_tokens=10**6, logit_bias={256: -float("inf")})
+    broken.next()
+
+    def refuse(*_):
+        raise ValueError("cannot decode")
+
+    broken.request._writer.push = refuse
+    assert finished(engine, "abc", max_tokens=20, seed=3) == wanted
+    while broken.pieces[-1].error is None:
+        broken.next()
+    assert "cannot decode" in str(broken.pieces[-1].error)
+    idle(engine)
+
+
+def test_a_long_prompt_lets_short_ones_pass(model):
+    with Engine(model, slots=2, chunk=16) as engine:
+        finished(engine, "x" * 40, max_tokens=2)
+        order = []
+        for name, prompt in (("long", "abcdefgh" * 2000), ("short", "b")):
+            tell = lambda event, name=name: order.append(name) if event.completion else None  # noqa: E731
+            engine.submit(prompt, SamplingConfig(max_tokens=1), tell)
+        idle(engine)
+    assert order == ["short", "long"]
 
 
 def test_a_failing_device_is_told_and_survived(model, monkeypatch):
@@ -265,9 +309,47 @@ def test_a_failing_device_is_told_and_survived(model, monkeypatch):
             while listener.next().error is None:
                 assert listener.pieces[-1].completion is None
             assert "out of memory" in str(listener.pieces[-1].error)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            engine.warm()
         broken.clear()
-        assert idle(engine).failed == 3
+        idle(engine)
         assert finished(engine, "abc", max_tokens=6, seed=1) == wanted
+
+
+def test_what_was_read_on_a_failing_device_is_forgotten(model, monkeypatch):
+    """Errors of a device come late: a saved state may be one, and making new slots may fail as well."""
+    from bm_jax import state
+
+    read, empty, broken = state.read_on, state.empty, threading.Event()
+
+    def fails(parameters, held, tokens, lengths, config):
+        result = read(parameters, held, tokens, lengths, config)
+        if not broken.is_set():
+            return result
+        late = jax.pure_callback(lambda x: 1 / 0, jax.ShapeDtypeStruct(result.hidden.shape, result.hidden.dtype), result.hidden)
+        return result._replace(hidden=late)
+
+    def no_room(*arguments):
+        if broken.is_set():
+            raise RuntimeError("out of memory")
+        return empty(*arguments)
+
+    monkeypatch.setattr(state, "read_on", fails)
+    with Engine(model, slots=2, chunk=16) as engine:
+        wanted = finished(engine, "a prompt of more than one piece", max_tokens=6, seed=1)
+        broken.set()
+        listener = Listener(engine, "another prompt of more than one piece", max_tokens=6)
+        while listener.next().error is None:
+            assert listener.pieces[-1].completion is None
+        monkeypatch.setattr(state, "empty", no_room)
+        for _ in range(2):
+            listener = Listener(engine, "a third", max_tokens=6)
+            while listener.next().error is None:
+                assert listener.pieces[-1].completion is None
+        broken.clear()
+        assert len(engine._prefixes) == 0
+        assert finished(engine, "another prompt of more than one piece", max_tokens=6).text
+        assert finished(engine, "a prompt of more than one piece", max_tokens=6, seed=1) == wanted
 
 
 def test_bad_requests_and_arguments(engine, model):
@@ -283,6 +365,7 @@ def test_bad_requests_and_arguments(engine, model):
     for options, message in (
         ({"slots": 0}, "slots must be at least 1"),
         ({"queue": 0}, "queue must be at least 1"),
+        ({"room": 2}, "room must be at least 3"),
         ({"chunk": 48}, "chunk must be a power of two"),
         ({"chunk": 8}, "chunk must be a power of two of at least 16"),
     ):

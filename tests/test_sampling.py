@@ -164,7 +164,7 @@ def test_seed_and_token_index_both_change_the_draw():
     assert jax.random.key_data(largest).shape == (1, 2)
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1e-45, 1e-38, 1e-30, 1.0, 1e30])
+@pytest.mark.parametrize("temperature", [0.0, 1e-45, 1e-38, 1e-30, 1.0, 1e30, 1e38, 3e38])
 def test_padding_is_never_drawn(temperature):
     B, V = 500, 16
     logits = np.full((B, V), -3.0, np.float32)
@@ -296,6 +296,10 @@ def test_log_probabilities_are_the_models_own(size, vocab_size):
         ("temperature", float("nan"), "at least 0"),
         ("temperature", float("inf"), "at least 0"),
         ("temperature", "hot", "at least 0"),
+        ("temperature", 1e39, "up to 1e30"),
+        ("presence_penalty", -1e31, "up to 1e30"),
+        ("repetition_penalty", 1e-300, "from 1e-30"),
+        ("logit_bias", {3: 1e39}, "up to 1e30"),
         ("top_k", 0, "at least 1"),
         ("top_k", 2.0, "at least 1"),
         ("top_p", 0.0, "greater than 0"),

@@ -128,20 +128,34 @@ def test_rows_and_counts_that_do_not_fit(model):
         (lambda: model.prefill([]), "there is no prompt"),
         (lambda: model.generate(read, seed=[1]), "got 1 for 2 prompts"),
         (lambda: model.step(read, [1, 300]), "prompt 1 contains token id 300"),
+        (lambda: model.step(read, [1, 1.5]), "prompt 1 must be text or a list of token ids"),
+        (lambda: read.fork([2]), r"integers from 0 to 1, got \[2\]"),
+        (lambda: read.fork([-1]), "integers from 0 to 1"),
+        (lambda: read.fork([0.5]), "integers from 0 to 1"),
+        (lambda: read.fork(0), "integers from 0 to 1, got 0"),
+        (lambda: tiny_model(tiny_config(width=64)).generate(read), "not a state of this model: .* should be"),
+        (lambda: tiny_model(tiny_config(("mlp",))).prefill("a", read), "not a state of this model, which has no cache/layers"),
     ):
         with pytest.raises(ValueError, match=message):
             call()
     limited = tiny_model(tiny_config(("attention", "mlp")), max_prompt_tokens=64)
     with pytest.raises(ValueError, match="state row 0 has 60 tokens and max_tokens is 5, together more than the 64"):
         limited.generate(limited.prefill("x" * 60), max_tokens=5)
+    with pytest.raises(ValueError, match="the state and the prompts has 66 tokens"):
+        limited.prefill("y" * 6, limited.prefill("x" * 60))
 
 
 def test_a_state_does_not_grow(model, monkeypatch):
     """Memory for a long prompt is that of one piece and one state, for a model without attention; nor is there a limit."""
     monkeypatch.setattr(language_model, "PIECE", 512)
+    read, widths = state.read_on, []
+    monkeypatch.setattr(
+        state, "read_on", lambda p, s, tokens, *rest: widths.append(tokens.shape[1]) or read(p, s, tokens, *rest)
+    )
     short, long = model.prefill("ab"), model.prefill("x" * 70_001)
     assert state.size_in_bytes(short) == state.size_in_bytes(long)
     assert int(long.read[0]) == 70_001
+    assert max(widths) == 512
     assert model.generate(long, max_tokens=3)[0].tokens
 
 
@@ -166,8 +180,9 @@ def test_files_that_are_no_state_of_the_model(model, tmp_path):
     good = file.read_bytes()
     other = tiny_model(tiny_config())
     other.parameters["embedding"] = other.parameters["embedding"] * 2
-    deeper = tiny_model(tiny_config(repeats=3))
-    for stranger in (other, deeper):
+    deeper, edited = tiny_model(tiny_config(repeats=3)), tiny_model(tiny_config())
+    edited.parameters["periods"]["layer_0"]["mamba"]["in_proj"] *= 2
+    for stranger in (other, deeper, edited):
         with pytest.raises(ConfigError, match=r"read\.state is a state of another model"):
             stranger.load_state(file)
     with pytest.raises(ConfigError, match="no such file"):
@@ -183,6 +198,14 @@ def test_files_that_are_no_state_of_the_model(model, tmp_path):
             model.load_state(file)
     from safetensors.numpy import save_file
 
+    file.write_bytes(good)
+    with pytest.raises(ConfigError, match="nowhere is not a folder"):
+        model.save_state(model.prefill("a"), tmp_path / "nowhere" / "read.state")
+    read = model.prefill("a")
+    for wrong in (read._replace(hidden=read.hidden[..., :5]), read._replace(recent=read.recent.astype(np.float32))):
+        model.save_state(wrong, file)
+        with pytest.raises(ConfigError, match="not a state of this model"):
+            model.load_state(file)
     save_file({"a": np.zeros(3)}, file)
     with pytest.raises(ConfigError, match="format None version None"):
         model.load_state(file)
