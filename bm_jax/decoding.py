@@ -25,8 +25,9 @@ from bm_jax.sampling import Logprobs, SamplingConfig, Seen, add_bias, log_probab
 
 CHUNK = 16
 """Most tokens a row gets in one call of `decode`; the host reads them when the call returns."""
-LIST = 8
-"""Least room for ids in a row's lists (stop tokens, biased ids); beyond, the room is a power of two."""
+LIST = 32
+"""Room for ids in a row's lists (stop tokens, biased ids); with more of them in a batch it is `MANY`, or a power of two."""
+MANY = 1024
 
 
 class Rows(NamedTuple):
@@ -68,7 +69,8 @@ def make_rows(configs: Sequence[SamplingConfig], batch: int, *, end: int, vocab_
         return np.array(values + [fill] * (batch - len(values)), dtype)
 
     def lists(values: list[Sequence[float]], fill: float, dtype: type) -> Any:
-        room = max([LIST, *(1 << (len(row) - 1).bit_length() for row in values if row)])
+        longest = max(map(len, values), default=0)
+        room = LIST if longest <= LIST else max(MANY, 1 << (longest - 1).bit_length())
         return np.array([[*row, *[fill] * (room - len(row))] for row in [*values, *[()] * (batch - len(values))]], dtype)
 
     return Rows(

@@ -154,7 +154,7 @@ class Engine:
         attention = "attention" in self._config.kinds
         self.room = min(room, model.max_prompt_tokens or room) if attention else 0
         """Most tokens of prompt and completion together; 0 for no limit."""
-        self._queue_bound, self._waiting = queue, _FairQueue()
+        self.queue_bound, self._waiting = queue, _FairQueue()
         self._owners: list[Request | None] = [None] * slots
         self._readings: collections.deque[_Reading] = collections.deque()
         self._chunk, self._prefix_bytes = chunk, prefix_bytes
@@ -190,8 +190,8 @@ class Engine:
         with self._news:
             if self._closing:
                 raise Closed("the engine is shutting down and takes no more requests")
-            if sum(not waiting._cancelled for waiting in self._waiting) >= self._queue_bound:
-                raise QueueFull(f"{self._queue_bound} requests wait already; try again later")
+            if sum(not waiting._cancelled for waiting in self._waiting) >= self.queue_bound:
+                raise QueueFull(f"{self.queue_bound} requests wait already; try again later")
             self._waiting.push(request)
             self._counts.update(requests=1, prompt_tokens=len(ids))
             self._news.notify()
@@ -227,7 +227,7 @@ class Engine:
             self._end(request, request._writer.cancel())
 
     def warm(self) -> None:
-        """Compile every program that requests need, short of lists of more than `decoding.LIST` biased ids or stop tokens.
+        """Compile every program that requests need, short of lists of more than `decoding.LIST` stop tokens.
 
         Raises:
             Exception: what the device or the compiler says against it.
@@ -242,7 +242,8 @@ class Engine:
         for size in {min(1 << k, self.room) for k in range(self.room.bit_length() + 1)} if self.room else ():
             state.with_room(Prefixes.copy(state.empty(self._config, 1, self.room), size), self.room)
         plain = SamplingConfig(max_tokens=2)
-        for change in ({}, {"logprobs": 0}, {"top_k": 2}, {"top_k": 2, "logprobs": 0}):
+        many = {"logit_bias": dict.fromkeys(range(min(decoding.LIST + 1, self.model.tokenizer.vocab_size)), 0.0)}
+        for change in ({}, {"logprobs": 0}, many, {"top_k": 2}, {"top_k": 2, "logprobs": 0}, {"top_k": 2, **many}):
             config = dataclasses.replace(plain, **change)
             last: queue.Queue[Event] = queue.Queue()
             self.submit([0], config, last.put)

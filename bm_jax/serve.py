@@ -60,10 +60,10 @@ class Arguments:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command with `arguments` (the process's own when None); the exit status."""
-    request = tyro.cli(Arguments, prog="python -m bm_jax.serve", args=arguments)
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # strangers must not fill the log
     try:
-        _serve(request)
+        _serve(tyro.cli(Arguments, prog="python -m bm_jax.serve", args=arguments))
     except (ValueError, RuntimeError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
@@ -101,9 +101,9 @@ def _serve(request: Arguments) -> None:
             chat = ChatTemplate.load(Path(request.directory), engine.model.tokenizer)
             service = Service(engine, name, limits=request.limits, api_keys=keys, chat=chat)
             server = Server(service)
-            # Uvicorn raises the signals again that stopped it; by then they have done what they are for.
+            # Until uvicorn listens to signals itself, and when it raises them again at its end.
             for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, lambda *_: None)
+                signal.signal(number, lambda *_: setattr(server, "should_exit", True))
             host, port = bound.getsockname()[:2]
             where = f"[{host}]" if ":" in host else host
             bound.listen(2048)

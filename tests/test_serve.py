@@ -76,11 +76,11 @@ class Running:
         return httpx.post(f"{self.url}{path}", timeout=60, **options)
 
     def metric(self, name: str) -> float:
-        lines = httpx.get(f"{self.url}/metrics").text.splitlines()
+        lines = httpx.get(f"{self.url}/metrics", timeout=60).text.splitlines()
         (line,) = [line for line in lines if line.startswith(f"{name} ")]
         return float(line.split()[-1])
 
-    def wait_for(self, name: str, value: float, seconds: float = 20) -> None:
+    def wait_for(self, name: str, value: float, seconds: float = 120) -> None:
         end = time.monotonic() + seconds
         while (found := self.metric(name)) != value:
             assert time.monotonic() < end, f"{name} is {found}, not {value}"
@@ -197,8 +197,8 @@ def test_prompts_and_samples_come_in_order(client, model):
 
 
 def test_without_a_seed_each_answer_is_another(client):
-    answer = client.completions.create(model="tiny", prompt=["a", "a"], n=2, max_tokens=12)
-    again = client.completions.create(model="tiny", prompt=["a", "a"], n=2, max_tokens=12)
+    answer = client.completions.create(model="tiny", prompt=["a", "a"], n=2, max_tokens=30)
+    again = client.completions.create(model="tiny", prompt=["a", "a"], n=2, max_tokens=30)
     assert len({choice.text for choice in [*answer.choices, *again.choices]}) == 8
 
 
@@ -451,8 +451,9 @@ def exchange(address, data: bytes, seconds: float = 20) -> bytes:
     with socket.create_connection(address, timeout=seconds) as connection:
         connection.sendall(data)
         received = b""
-        while part := connection.recv(65536):
-            received += part
+        with contextlib.suppress(ConnectionResetError):  # it may close before it has read all
+            while part := connection.recv(65536):
+                received += part
     return received
 
 
@@ -490,7 +491,7 @@ def test_keys(model):
 @pytest.fixture(scope="module")
 def strict(model):
     """A server with one slot, one place to wait, and little patience."""
-    limits = {"body_bytes": 10_000, "body_seconds": 0.6, "request_seconds": 1.5}
+    limits = {"body_bytes": 10_000, "body_seconds": 2, "request_seconds": 4}
     with serving(model, slots=1, queue=1, **limits) as running:
         for also in ({}, {"logit_bias": LONG["logit_bias"]}):  # compiling takes longer than the server's patience
             while running.post("/v1/completions", {"prompt": "a", "max_tokens": 2} | also).status_code != 200:
@@ -514,7 +515,7 @@ def test_bodies_and_heads_that_do_not_arrive(strict):
         received = exchange(strict.address, data)
         assert 0.3 < time.monotonic() - began < 10
         assert received.startswith(b"HTTP/1.1 408")
-        assert b"did not arrive within 0.6 seconds" in received
+        assert b"did not arrive within 2 seconds" in received
 
 
 def test_a_full_queue_and_an_answer_that_takes_too_long(strict):
@@ -532,9 +533,9 @@ def test_a_full_queue_and_an_answer_that_takes_too_long(strict):
             assert json.loads(last.removeprefix("data: "))["error"]["code"] == "request_time"
     strict.wait_for("bm_jax_engine_waiting", 0)
     error = error_of(strict.post("/v1/completions", {"prompt": "a"} | LONG), 504)
-    assert error["message"] == "the answer took longer than 1.5 seconds"
+    assert error["message"] == "the answer took longer than 4 seconds"
     strict.wait_for("bm_jax_engine_active", 0)
-    with strict.client() as client, pytest.raises(openai.APIError, match=r"took longer than 1\.5 seconds"):
+    with strict.client() as client, pytest.raises(openai.APIError, match=r"took longer than 4 seconds"):
         list(client.completions.create(model="tiny", prompt="a", stream=True, **LONG))
     assert strict.post("/v1/completions", {"prompt": "a", "max_tokens": 2}).status_code == 200
 
@@ -574,7 +575,10 @@ def test_a_failure_inside_tells_nothing_of_the_inside(running, monkeypatch, capl
 
 def test_metrics(running):
     running.post("/v1/completions", {"prompt": "abc", "max_tokens": 2})
-    response = httpx.get(f"{running.url}/metrics")
+    running.post("/v1/completions", {"prompt": ""})
+    httpx.get(f"{running.url}/v1/models/tiny", timeout=60)
+    response = httpx.get(f"{running.url}/metrics", timeout=60)
+    assert 'bm_jax_http_responses_total{code="200",path="/v1/models/{name:path}"}' in response.text
     assert response.headers["content-type"].startswith("text/plain; version=")
     assert 'bm_jax_http_responses_total{code="200",path="/v1/completions"}' in response.text
     assert 'bm_jax_http_responses_total{code="400",path="/v1/completions"}' in response.text
@@ -588,18 +592,64 @@ def test_many_clients_get_what_they_get_alone(running):
     """The load test, short; it ends in an error when an answer differs."""
     command = [sys.executable, str(ROOT / "benchmarks" / "serve_load.py"), "--url", running.url]
     command += ["--clients", "20", "--seconds", "3", "--pool", "16"]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=400, check=False)
     assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
     assert "0 errors" in done.stdout
     assert "mismatches: 0 of" in done.stdout
+
+
+def test_many_keys_are_read_at_once(running):
+    """Finding a key that is there twice does not take longer than reading the body."""
+    body = b"{" + b",".join(b'"k%d":1' % i for i in range(200_000)) + b',"k1":2}'
+    began = time.monotonic()
+    assert "'k1' twice" in error_of(running.post("/v1/completions", body), 400)["message"]
+    assert time.monotonic() - began < 30
+
+
+def test_more_than_may_wait_is_no_matter_of_trying_again(strict):
+    error = error_of(strict.post("/v1/completions", {"prompt": "a", "n": 2, "max_tokens": 1}), 400)
+    assert error["message"] == "2 completions are more than the 1 that may wait here"
+
+
+def test_a_page_of_another_site_is_refused(running):
+    for origin, status in (("http://evil.example", 403), ("null", 403), (running.url, 200)):
+        response = httpx.get(f"{running.url}/v1/models", headers={"Origin": origin}, timeout=60)
+        assert response.status_code == status
+        if status == 403:
+            assert error_of(response, 403)["code"] == "origin"
+
+
+def test_a_client_that_does_not_read_is_cut_off(strict):
+    """Answers that are asked for again and again and never read: the connection ends with the time for a request."""
+    with socket.create_connection(strict.address, timeout=60) as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        with contextlib.suppress(ConnectionError, TimeoutError):
+            for _ in range(2000):
+                connection.sendall(b"GET / HTTP/1.1\r\nHost: here\r\n\r\n" * 10)
+        end = time.monotonic() + 60
+        while strict.server.server_state.connections and time.monotonic() < end:
+            time.sleep(0.1)
+        assert not strict.server.server_state.connections
+
+
+def test_half_a_body_does_not_hold_up_the_end(model):
+    with serving(model, shutdown_seconds=0) as running, socket.create_connection(running.address, timeout=60) as connection:
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: here\r\nContent-Length: 100\r\n\r\n{")
+        running.wait_for("bm_jax_engine_active", 0)
+        began = time.monotonic()
+        running.server.should_exit = True
+        while connection.recv(1000):
+            pass
+        assert time.monotonic() - began < 8
 
 
 # --- the end, and the command ----------------------------------------------------------------------------------------
 
 
 def test_what_runs_may_finish_and_then_ends_with_an_error(model):
-    with serving(model, shutdown_seconds=1.5) as running, httpx.Client() as client:
-        running.post("/v1/completions", {"prompt": "a", "max_tokens": 2})
+    with serving(model, shutdown_seconds=5) as running, httpx.Client(timeout=60) as client:
+        for also in ({}, {"logit_bias": LONG["logit_bias"]}):  # compiled
+            assert running.post("/v1/completions", {"prompt": "a", "max_tokens": 2} | also).status_code == 200
         results = {}
 
         def ask(name, values):
@@ -610,7 +660,7 @@ def test_what_runs_may_finish_and_then_ends_with_an_error(model):
         with client.stream("POST", f"{running.url}/v1/completions", json={"prompt": "a", "stream": True} | LONG) as stream:
             for thread in threads:
                 thread.start()
-            running.wait_for("bm_jax_engine_requests_total", 4)
+            running.wait_for("bm_jax_engine_requests_total", 5)
             running.server.should_exit = True
             *_, last = [line for line in stream.iter_lines() if line]
         for thread in threads:
@@ -681,8 +731,7 @@ def test_the_command_says_what_is_wrong(saved, tmp_path, capsys, monkeypatch):
     assert "cannot listen on nowhere.invalid" in refused(str(saved), "--host", "nowhere.invalid")
     assert "--port must be from 0 to 65535" in refused(str(saved), "--port", "65536")
     assert "an API key must be printable ASCII" in refused(str(saved), "--port", "0", "--api-key", "a b")
-    with pytest.raises(ValueError, match=r"Limits\.body_bytes must be greater than 0, got 0"):
-        serve.main([str(saved), "--body-bytes", "0"])
+    assert "Limits.body_bytes must be greater than 0, got 0" in refused(str(saved), "--body-bytes", "0")
     for name in ("starlette", "starlette.applications", "bm_jax.server.http_server", "bm_jax.server.app"):
         monkeypatch.setitem(sys.modules, name, None) if name == "starlette" else monkeypatch.delitem(sys.modules, name, False)
     assert "pip install 'blackmamba-jax[serve]'" in refused(str(saved), "--port", "0")
@@ -693,4 +742,4 @@ def test_the_package_needs_no_web_framework():
         "import sys, bm_jax; from bm_jax import serve, engine, language_model\n"
         "assert not {'starlette', 'uvicorn', 'prometheus_client', 'jinja2'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", source], env=ENVIRONMENT, cwd=ROOT, check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", source], env=ENVIRONMENT, cwd=ROOT, check=True, timeout=300)

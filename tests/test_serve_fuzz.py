@@ -6,7 +6,7 @@ import json
 
 import httpx
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_serve import quick_compilation, serving  # noqa: F401
 from tiny_models import tiny_config, tiny_model
@@ -101,19 +101,19 @@ def check(client: httpx.Client, path: str, body: bytes) -> int:
     return response.status_code
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(request=requests())
 def test_fields(running, request):
     check(running, **request)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(path=st.sampled_from(PATHS), body=st.one_of(st.binary(max_size=60), ODD.map(lambda value: json.dumps(value).encode())))
 def test_bodies(running, path, body):
     assert check(running, path, body) != 200
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(
     path=st.sampled_from(PATHS),
     at=st.floats(0, 1),

@@ -26,7 +26,7 @@ def model():
 @pytest.fixture(scope="module")
 def browser():
     with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS, timeout=120_000)
         yield browser
         browser.close()
 
@@ -40,7 +40,8 @@ def page(browser):
     page.on("pageerror", lambda error: wrong.append(str(error)))
     page.on("console", lambda message: wrong.append(message.text) if "Content Security Policy" in message.text else None)
     page.on("request", lambda request: None if "//127.0.0.1" in request.url else wrong.append(request.url))
-    page.set_default_timeout(20_000)
+    page.set_default_timeout(60_000)
+    sync_api.expect.set_options(timeout=60_000)
     yield page
     context.close()
     assert not [entry for entry in wrong if not entry.startswith("data:")]
@@ -49,7 +50,7 @@ def page(browser):
 def test_a_prompt_is_sent_and_its_text_streams_in(model, page):
     with serving(model) as running:
         page.goto(running.url)
-        assert page.locator("#model").inner_text() == "tiny"
+        sync_api.expect(page.locator("#model")).to_have_text("tiny")
         (expected,) = model.generate("Once upon", max_tokens=40, temperature=0.5, top_k=60, seed=3)
         for label, value in (("Prompt", "Once upon"), ("Max tokens", "40"), ("Temperature", "0.5"), ("Top-k", "60")):
             page.get_by_label(label).fill(value)
@@ -59,6 +60,7 @@ def test_a_prompt_is_sent_and_its_text_streams_in(model, page):
         assert page.locator("#written").text_content() == "Once upon" + expected.text
         assert f"{len(expected.tokens)} tokens" in page.locator("#speed").inner_text()
 
+        sync_api.expect(page.get_by_role("button", name="Send")).to_be_enabled()
         page.get_by_label("Prompt").fill("")
         page.keyboard.press("Control+Enter")
         sync_api.expect(page.get_by_role("alert")).to_contain_text("prompt is empty")

@@ -34,11 +34,6 @@ from bm_jax.server.openai_answers import Answer, server_sent
 from bm_jax.server.openai_api import Generation, Served, read_chat, read_completion
 from bm_jax.server.request_fields import ApiError, Limits
 
-ABORT = "bm_jax.abort"
-"""The ASGI extension by which the server lets a request's connection be cut."""
-PATIENCE = 5.0
-"""Seconds that a client which does not read gets to take the end of its answer before its connection is cut."""
-
 
 class Service:
     """One model, served.
@@ -81,10 +76,9 @@ class Service:
             Route("/v1/chat/completions", Endpoint(self, read_chat), methods=["POST"]),
         ]
         handlers: dict[Any, Any] = {ApiError: answer_error, HTTPException: answer_http_error, Exception: answer_failure}
-        paths = frozenset(route.path for route in routes)
         app = Starlette(routes=routes, exception_handlers=handlers)
         app.router.redirect_slashes = False
-        return Gate(app, self.allows, self.metrics, paths)
+        return Gate(app, self.allows, self.metrics)
 
     def allows(self, authorization: str) -> bool:
         """Whether an Authorization header shows one of the keys, in a time that does not tell how much of it is right."""
@@ -96,6 +90,10 @@ class Service:
     def begin(self, read: Callable[[bytes, Served], Generation], body: bytes, address: str, loop: Any) -> Job:
         """Check a request and start it; for a thread, because long prompts take a while to encode."""
         generation = read(body, self.served)
+        asked = len(generation.prompts) * generation.n
+        if asked > self.engine.queue_bound:
+            message = f"{asked} completions are more than the {self.engine.queue_bound} that may wait here"
+            raise ApiError(400, message, param="n")
         ids = []
         for row, prompt in enumerate(generation.prompts):
             where = "messages" if generation.chat else "prompt" if len(generation.prompts) == 1 else f"prompt[{row}]"
@@ -119,20 +117,17 @@ class Service:
         return job
 
     @contextmanager
-    def running(self, job: Job, abort: Callable[[], None] | None) -> Iterator[None]:
+    def running(self, job: Job) -> Iterator[None]:
         """Keep the time of a job, and leave nothing of it in the engine."""
         loop, seconds = asyncio.get_running_loop(), self.limits.request_seconds
         late = ApiError(504, f"the answer took longer than {seconds:g} seconds", code="request_time")
-        timers = [loop.call_later(seconds, job.stop, late)]
-        if abort is not None:
-            timers.append(loop.call_later(seconds + PATIENCE, abort))
+        timer = loop.call_later(seconds, job.stop, late)
         self._jobs.add(job)
         try:
             yield
         finally:
             self._jobs.discard(job)
-            for timer in timers:
-                timer.cancel()
+            timer.cancel()
             job.cancel()
 
     async def close(self, hurry: Callable[[], bool] = lambda: False) -> None:
@@ -185,7 +180,7 @@ class Endpoint:
             body = await receive_body(Headers(scope=scope), receive, self._service.limits)
             address = (scope.get("client") or ("",))[0]
             job = await asyncio.to_thread(self._service.begin, self._read, body, address, asyncio.get_running_loop())
-            with self._service.running(job, scope.get("extensions", {}).get(ABORT)):
+            with self._service.running(job):
                 watch = asyncio.create_task(job.watch(receive))
                 try:
                     await self._write(job, self._timed(job, began), scope, receive, send)
@@ -201,8 +196,9 @@ class Endpoint:
         if job.generation.stream:
             return await _send_stream(answer, events, send)
         completions = {i: event.completion async for news in events for i, event in news if event.completion is not None}
-        whole = answer.whole([completions[index] for index in range(len(completions))])
-        await json_response(whole)(scope, receive, send)
+        # In a thread: with many tokens and alternatives it takes a while, and others are waiting.
+        write = lambda: json_response(answer.whole([completions[index] for index in range(len(completions))]))  # noqa: E731
+        await (await asyncio.to_thread(write))(scope, receive, send)
 
     def _answer(self, job: Job) -> Answer:
         return Answer(job.generation, self._service.served.name, self._service.engine.model.tokenizer)

@@ -143,7 +143,7 @@ class ChatTemplate:
             if part in self._special:
                 ids.append(self._special[part])
             elif part:
-                plain = re.sub(f"{mark}([0-9]+){mark}", lambda found: self._texts[int(found[1])], part)
+                plain = re.sub(f"{mark}([0-9]+){mark}", lambda found: self._texts.get(int(found[1]), found[0]), part)
                 ids += self._tokenizer.encode(plain)
         return tuple(ids)
 

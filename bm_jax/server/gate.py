@@ -53,8 +53,14 @@ async def receive_body(headers: Headers, receive: Receive, limits: Limits) -> by
 class Gate:
     """Around the application: asks for the key, adds headers to every response, counts responses and their time."""
 
-    def __init__(self, app: ASGIApp, allows: Callable[[str], bool], metrics: Metrics, paths: frozenset[str]) -> None:
-        self._app, self._allows, self._metrics, self._paths = app, allows, metrics, paths
+    def __init__(self, app: ASGIApp, allows: Callable[[str], bool], metrics: Metrics) -> None:
+        self._app, self._allows, self._metrics = app, allows, metrics
+
+    @staticmethod
+    def _from_elsewhere(headers: Headers) -> bool:
+        """Whether a browser says that a page of another site asks."""
+        origin = headers.get("origin")
+        return origin is not None and origin.partition("://")[2] != headers.get("host")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -68,16 +74,19 @@ class Gate:
                 message["headers"] = [*message.get("headers", ()), (b"x-content-type-options", b"nosniff")]
             await send(message)
 
+        headers = Headers(scope=scope)
         try:
-            authorization = Headers(scope=scope).get("authorization", "")
-            if scope["path"] in OPEN_PATHS or self._allows(authorization):
+            if self._from_elsewhere(headers):
+                message = "a page of another site may not use this server"
+                await error_response(ApiError(403, message, code="origin"))(scope, receive, counted)
+            elif scope["path"] in OPEN_PATHS or self._allows(headers.get("authorization", "")):
                 await self._app(scope, receive, counted)
             else:
                 message = "this server needs an API key: send the header 'Authorization: Bearer KEY'"
                 refused = ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
                 await error_response(refused)(scope, receive, counted)
         finally:
-            path = scope["path"] if scope["path"] in self._paths else "other"
+            path = getattr(scope.get("route"), "path", "other")
             self._metrics.responses.labels(path, status or "gone").inc()
             self._metrics.latency.labels(path).observe(time.perf_counter() - began)
 

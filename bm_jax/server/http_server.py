@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from typing import Any, cast
+import time
 
 import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from bm_jax.server.app import ABORT, Service
+from bm_jax.server.app import Service
 from bm_jax.server.openai_answers import dump
 from bm_jax.server.request_fields import ApiError, Limits
 
@@ -22,10 +22,11 @@ KEEP_ALIVE = 30
 
 
 class Protocol(H11Protocol):
-    """One connection. A request's head must arrive in time, as must its body (`server_gate.receive_body`)."""
+    """One connection. A request's head must arrive in time, as must its body (`gate.receive_body`)."""
 
     limits = Limits()
     _timer: asyncio.TimerHandle | None = None
+    _unread: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -35,15 +36,23 @@ class Protocol(H11Protocol):
             self._keep_time()
 
     def data_received(self, data: bytes) -> None:
-        before = self.scope
         super().data_received(data)
-        if self.scope is not before:
-            extensions = cast(dict[str, Any], self.scope).setdefault("extensions", {})
-            extensions[ABORT] = self.transport.abort
         self._keep_time()
+
+    def pause_writing(self) -> None:
+        """More waits to be read than the buffers hold: the client gets the time of a request to read some of it."""
+        super().pause_writing()
+        self._unread = self.loop.call_later(self.limits.request_seconds, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._unread is not None:
+            self._unread.cancel()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
+        if self._unread is not None:
+            self._unread.cancel()
         super().connection_lost(exc)
 
     def send_400_response(self, msg: str) -> None:
@@ -106,9 +115,18 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stop listening; let running requests finish within the limit, a second SIGINT cutting it short."""
-        closing = asyncio.create_task(self._service.close(lambda: self.force_exit))
+        closing = asyncio.create_task(self._end())
         await super().shutdown(sockets)
         await closing
+
+    async def _end(self) -> None:
+        """End what runs, and then the connections that are still open: half a body, an answer that nobody reads."""
+        await self._service.close(lambda: self.force_exit)
+        end = time.monotonic() + 1
+        while self.server_state.connections and time.monotonic() < end:
+            await asyncio.sleep(0.02)
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()  # type: ignore[union-attr]
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -18,7 +18,7 @@ DONE = b"data: [DONE]\n\n"
 
 def dump(values: Any) -> bytes:
     """JSON as UTF-8; half characters, which only a client's own words can bring, as JSON's escapes."""
-    return json.dumps(values, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "backslashreplace")
+    return json.dumps(values, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode("utf-8", "backslashreplace")
 
 
 def server_sent(values: Any) -> bytes:
@@ -114,7 +114,11 @@ class Answer:
         return {
             "tokens": [token_text(self._tokenizer, token) for token in tokens],
             "token_logprobs": [one.logprob for one in said],
-            "top_logprobs": [{token_text(self._tokenizer, token): value for token, value in one.top} for one in said],
+            # As OpenAI does, with the token drawn among them.
+            "top_logprobs": [
+                {token_text(self._tokenizer, i): value for i, value in (*one.top, (token, one.logprob))}
+                for token, one in zip(tokens, said, strict=True)
+            ],
             "text_offset": [self._spoken[index].offset(token) for token in tokens],
         }
 

@@ -63,7 +63,7 @@ class Limits:
     """Most tokens of one completion."""
     choices: int = 128
     """Most completions of one request: its prompts times `n`."""
-    connections: int = 1024
+    connections: int = 512
     """Most connections at once."""
     body_seconds: float = 30.0
     """Time in which a request must arrive, its head and its body each."""
@@ -87,8 +87,8 @@ def parse_object(body: bytes) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         values = dict(pairs)
         if len(values) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
+            seen: set[str] = set()
+            twice = next(name for name, _ in pairs if name in seen or seen.add(name))
             raise ApiError(400, f"the body has the field {show(twice)} twice")
         return values
 
