@@ -126,7 +126,7 @@ def _read_common(
     options: dict[str, Any] = {
         "temperature": fields.number("temperature", 1.0, 0, 2),
         "top_k": None if (k := fields.integer("top_k", 0, -1, 2**31 - 1)) < 1 else k,
-        "top_p": None if (p := fields.number("top_p", None, 1e-6, 1)) is None else p,
+        "top_p": None if (p := fields.number("top_p", None, 0, 1)) is None else max(p, 1e-6),  # 0: the most likely
         "min_p": fields.number("min_p", 0.0, 0, 1),
         "repetition_penalty": fields.number("repetition_penalty", 1.0, 0.01, 100),
         "presence_penalty": fields.number("presence_penalty", 0.0, -2, 2),
