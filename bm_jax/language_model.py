@@ -216,14 +216,14 @@ class LanguageModel:
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         ids = [self.encode(prompt, f"prompt {row}") for row, prompt in enumerate(prompts)]
+        if after is not None:
+            state.check(after, unrolled(self.config), "prefill: the state")
         if not ids:
             raise ValueError("prefill: there is no prompt")
         if after is not None and len(after.recent) not in (1, len(ids)):
             raise ValueError(f"prefill: got {len(ids)} prompts after a state of {len(after.recent)} rows")
-        if after is not None:
-            state.check(after, unrolled(self.config), "prefill: the state")
-            if "attention" in self.config.kinds:
-                self._check_room(int(np.max(after.read)) + max(map(len, ids)), 0, "the state and the prompts")
+        if after is not None and "attention" in self.config.kinds:
+            self._check_room(int(np.max(after.read)) + max(map(len, ids)), 0, "the state and the prompts")
         read = self._read(ids, after)
         return read if len(read.recent) == len(ids) else read.fork(range(len(ids)))
 
