@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_models
+from tiny_models import BYTE, random_parameters
 
 import configs
 from bm_jax import decoding, experts, generate
 from bm_jax.cache import init_cache
-from bm_jax.config import AttentionConfig, ConfigError, MambaConfig, MlpConfig, ModelConfig, MoeConfig
-from bm_jax.data.tokenizer import ByteTokenizer
+from bm_jax.config import ConfigError, ModelConfig, MoeConfig
 from bm_jax.language_model import COMPUTE_KERNELS, LanguageModel, inference_parameters
 from bm_jax.layers import project
 from bm_jax.model import init_parameters, unrolled
@@ -32,7 +34,7 @@ from bm_jax.quantize import (
 from bm_jax.sampling import SamplingConfig
 
 FAMILIES = [("mamba", "moe"), ("mamba+mlp", "attention+moe")]
-BYTE = ByteTokenizer()
+tiny_config = partial(tiny_models.tiny_config, repeats=1, moe=MoeConfig(experts=4, width=24, router_bias=False))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -41,38 +43,6 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
-
-
-def tiny_config(layers=("mamba", "moe"), **values) -> ModelConfig:
-    defaults = {
-        "width": 32,
-        "repeats": 1,
-        "vocab_size": 260,
-        "mamba": MambaConfig(state_size=4),
-        "attention": AttentionConfig(heads=4, kv_heads=2),
-        "mlp": MlpConfig(width=48),
-        "moe": MoeConfig(experts=4, width=24, router_bias=False),
-        "tie_embeddings": False,
-        "compute_dtype": "float32",
-    }
-    return ModelConfig(layers=layers, **(defaults | values))
-
-
-def random_parameters(config: ModelConfig):
-    rng = np.random.default_rng(0)
-
-    def leaf(path, shape):
-        name = path[-1].key
-        if name == "A_log":
-            value = np.broadcast_to(np.log(np.arange(1, shape.shape[-1] + 1)), shape.shape)
-        elif name == "dt_bias":
-            value = rng.uniform(-5, -1, shape.shape)
-        else:
-            value = rng.normal(size=shape.shape) * (0.3 if path[0].key == "periods" else 0.5)
-            value += name == "D" or name.endswith("norm")
-        return np.asarray(value, np.float32)
-
-    return jax.tree_util.tree_map_with_path(leaf, jax.eval_shape(lambda: init_parameters(config, jax.random.key(0))))
 
 
 def kernels(tree) -> list[Quantized]:
@@ -293,3 +263,25 @@ def test_the_command_line_takes_weights(tmp_path, capsys):
         generate.main([*command, "--weights", "int4"])
     assert stop.value.code == 2
     assert "--weights" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_what_accelerators_do_with_few_rows_equals_what_a_cpu_does(gated, monkeypatch):
+    """All experts in one product against the grouped ones, in value and in every gradient; rows of no expert among them."""
+    rng, X, M, F, R = np.random.default_rng(4), 4, 12, 10, 23
+    shapes = ((X, M, 2, F) if gated else (X, M, F), (X, F, M), (R, M))
+    arguments = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
+    expert = jnp.asarray(rng.integers(0, X + 1, R), jnp.int32)
+
+    def loss(w_in, w_out, rows):
+        out = experts.expert_products(w_in, w_out, rows, expert, "swiglu" if gated else "gelu")
+        return jnp.sum(jnp.sin(out)), out
+
+    run = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)
+    grouped = run(*arguments)
+    taken = []
+    monkeypatch.setattr(experts.lax, "platform_dependent", lambda *a, cpu, default: taken.append(1) or default(*a))
+    together = run(*arguments)
+    assert taken
+    for got, want in zip(jax.tree.leaves(together), jax.tree.leaves(grouped), strict=True):
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-4 * np.abs(want).max())
