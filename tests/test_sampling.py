@@ -211,11 +211,11 @@ def test_rows_of_arrays():
         SamplingConfig(top_p=0.5, seed=9, logit_bias={4: -1.0, 2: 3.0}),
     ]
     rows = make_rows(asked, 4, end=7, vocab_size=9)
-    assert rows.stop_tokens.shape == (4, 16)
-    assert rows.stop_tokens[0].tolist() == [*range(9), *[-1] * 7]
+    assert rows.stop_tokens.shape == (4, 32)
+    assert rows.stop_tokens[0].tolist() == [*range(9), *[-1] * 23]
     assert (rows.stop_tokens[1:] == -1).all()
-    assert rows.bias_ids[1].tolist() == [4, 2, *[-1] * 6]
-    assert rows.bias[1].tolist() == [-1, 3, *[0] * 6]
+    assert rows.bias_ids[1].tolist() == [4, 2, *[-1] * 30]
+    assert rows.bias[1].tolist() == [-1, 3, *[0] * 30]
     assert rows.presence_penalty.tolist() == [0.5, 0, 0, 0]
     assert rows.repetition_penalty.tolist() == [1] * 4
     assert rows.max_tokens.tolist() == [5, 256, 0, 0]
@@ -223,6 +223,10 @@ def test_rows_of_arrays():
     assert rows.top_p.tolist() == [1, 0.5, 1, 1]
     assert rows.seed.tolist() == [0, 9, 0, 0]
     assert (int(rows.end), int(rows.vocab_size)) == (7, 9)
+    for many, room in ((32, 32), (33, 1024), (1024, 1024), (1025, 2048)):  # two sizes of programs, for most
+        rows = make_rows([SamplingConfig(logit_bias=dict.fromkeys(range(many), 1.0))], 1, end=7, vocab_size=9)
+        assert rows.bias_ids.shape == rows.bias.shape == (1, room)
+        assert rows.bias[0].sum() == many
 
 
 IDS = st.lists(st.integers(0, 6), max_size=8)
