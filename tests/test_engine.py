@@ -60,6 +60,11 @@ class Listener:
         self.pieces.append(self.events.get(timeout=60))
         return self.pieces[-1]
 
+    def fail(self):
+        while not self.pieces or self.pieces[-1].error is None:
+            assert self.next().completion is None
+        return str(self.pieces[-1].error)
+
     def finish(self):
         while not self.pieces or self.pieces[-1].completion is None:
             assert self.next().error is None
@@ -120,24 +125,20 @@ def test_events_add_up_to_the_completion(engine):
 def test_nothing_is_compiled_while_requests_come_and_go(layers):
     with Engine(tiny_model(tiny_config(layers)), slots=3, chunk=16, room=64) as engine:
         engine.warm()
-        nothing_is_compiled(engine)
-
-
-def nothing_is_compiled(engine):
-    for i in (1, 16, 33):  # the small programs around
-        finished(engine, "y" * i, max_tokens=3)
-        finished(engine, "y" * i, max_tokens=3, logprobs=1)
-        finished(engine, "y" * i, max_tokens=3)
-    idle(engine)
-    before = compilations
-    listeners = [
-        Listener(engine, "x" * (i * 7 % 40 + 1), max_tokens=i % 12 + 1, temperature=i % 3, seed=i, **options)
-        for i in range(20)
-        for options in ({}, {"presence_penalty": 0.5})
-    ]
-    for listener in listeners:
-        listener.finish()
-    assert compilations == before
+        for i in (1, 16, 33):  # the small programs around
+            finished(engine, "y" * i, max_tokens=3)
+            finished(engine, "y" * i, max_tokens=3, logprobs=1)
+            finished(engine, "y" * i, max_tokens=3)
+        idle(engine)
+        before = compilations
+        listeners = [
+            Listener(engine, "x" * (i * 7 % 40 + 1), max_tokens=i % 12 + 1, temperature=i % 3, seed=i, **options)
+            for i in range(20)
+            for options in ({}, {"presence_penalty": 0.5})
+        ]
+        for listener in listeners:
+            listener.finish()
+        assert compilations == before
 
 
 def test_prompts_are_read_once(model):
@@ -273,9 +274,7 @@ def test_a_request_that_fails_is_alone(engine):
 
     broken.request._writer.push = refuse
     assert finished(engine, "abc", max_tokens=20, seed=3) == wanted
-    while broken.pieces[-1].error is None:
-        broken.next()
-    assert "cannot decode" in str(broken.pieces[-1].error)
+    assert "cannot decode" in broken.fail()
     idle(engine)
 
 
@@ -306,9 +305,7 @@ def test_a_failing_device_is_told_and_survived(model, monkeypatch):
         broken.set()
         listeners = [Listener(engine, "abc", max_tokens=6) for _ in range(3)]
         for listener in listeners:
-            while listener.next().error is None:
-                assert listener.pieces[-1].completion is None
-            assert "out of memory" in str(listener.pieces[-1].error)
+            assert "out of memory" in listener.fail()
         with pytest.raises(RuntimeError, match="out of memory"):
             engine.warm()
         broken.clear()
@@ -338,14 +335,10 @@ def test_what_was_read_on_a_failing_device_is_forgotten(model, monkeypatch):
     with Engine(model, slots=2, chunk=16) as engine:
         wanted = finished(engine, "a prompt of more than one piece", max_tokens=6, seed=1)
         broken.set()
-        listener = Listener(engine, "another prompt of more than one piece", max_tokens=6)
-        while listener.next().error is None:
-            assert listener.pieces[-1].completion is None
+        assert Listener(engine, "another prompt of more than one piece", max_tokens=6).fail()
         monkeypatch.setattr(state, "empty", no_room)
         for _ in range(2):
-            listener = Listener(engine, "a third", max_tokens=6)
-            while listener.next().error is None:
-                assert listener.pieces[-1].completion is None
+            assert "out of memory" in Listener(engine, "a third", max_tokens=6).fail()
         broken.clear()
         assert len(engine._prefixes) == 0
         assert finished(engine, "another prompt of more than one piece", max_tokens=6).text

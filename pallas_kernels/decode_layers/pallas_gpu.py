@@ -11,7 +11,7 @@ a part of it, 16 bytes a lane at a time. A Mamba layer has three waits, an exper
     in_proj rows of the block's channels, convolution, its share of x_proj's sums | sums, dt, scan step, gate | out_proj
     router in every block alike, w_in rows of the expert chosen, activation | w_out
 
-Not in the generator's decode path yet. What it takes on an H100 is in benchmarks/README.md.
+It decodes small batches, see `bm_jax.decode_step`. What it takes on an H100 is in benchmarks/README.md.
 """
 
 from __future__ import annotations
