@@ -76,7 +76,7 @@ def main() -> None:
     results["first token"] = first_token(model, options.rounds)
     if options.prefill:
         batch, length = map(int, options.prefill.split("x"))
-        results[f"prefill {options.prefill}"] = prefill(model, batch, length, options.rounds)
+        results[f"prefill {options.prefill}"] = prefill(model, batch, length, options)
     if options.engine:
         raw = results.get(f"decode {options.engine}") or decode(model, options.engine, bandwidth, options)
         results["engine"] = engine(model, options.engine, options.engine / statistics.median(raw["seconds"]), options)
@@ -114,8 +114,7 @@ def decode(model: LanguageModel, batch: int, bandwidth: float, options: argparse
         flush=True,
     )
     if kernels is not None:
-        for name, (count, spent) in list(kernels["longest"].items())[:12]:
-            print(f"      {spent:8.1f} us a step, {count:5.1f} x  {name[:90]}")
+        print_longest(kernels)
     return {"seconds": times, "bytes": read, "kernels": kernels}
 
 
@@ -179,18 +178,21 @@ def first_token(model: LanguageModel, rounds: int) -> dict[str, Any]:
     return {"seconds": times}
 
 
-def prefill(model: LanguageModel, batch: int, length: int, rounds: int) -> dict[str, Any]:
+def prefill(model: LanguageModel, batch: int, length: int, options: argparse.Namespace) -> dict[str, Any]:
     """Seconds to read a batch of prompts."""
     rows = np.random.default_rng(0).integers(0, 256, (batch, length)).tolist()
     run = lambda: jax.block_until_ready(model.prefill(rows).hidden)  # noqa: E731
     run()
-    times = [timed(run) for _ in range(rounds)]
+    times = [timed(run) for _ in range(options.rounds)]
     rate = batch * length / statistics.median(times)
     print(
         f"  prefill {batch} x {length}: {rate:,.0f} tokens/s, {statistics.median(times) * 1e3:.1f} ms ({spread(times)})",
         flush=True,
     )
-    return {"seconds": times}
+    kernels = count_kernels(run, 1) if options.trace else None
+    if kernels is not None:
+        print_longest(kernels)
+    return {"seconds": times, "kernels": kernels}
 
 
 def engine(model: LanguageModel, slots: int, raw: float, options: argparse.Namespace) -> dict[str, Any]:
@@ -241,6 +243,11 @@ def timed(run: Any) -> float:
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
+
+
+def print_longest(kernels: dict[str, Any]) -> None:
+    for name, (count, spent) in list(kernels["longest"].items())[:12]:
+        print(f"      {spent:8.1f} us a step, {count:5.1f} x  {name[:90]}")
 
 
 def spread(times: list[float]) -> str:

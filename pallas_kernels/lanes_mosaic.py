@@ -327,7 +327,9 @@ class MosaicLanesTogether(MosaicLanes):
         self._emit("cp.async.wait_all;", constraints="~{memory}")
 
     def barrier(self) -> None:
-        self._emit("bar.sync 0;")
+        # As an instruction of the compiler's own: it may copy one that it takes for any other assembly to two places, and
+        # lanes of a warp would wait in both.
+        gpu.barrier()
 
     def _emit(self, text: str, *operands: Any, constraints: str = "") -> None:
         llvm.inline_asm(ir.Type.parse("!llvm.void"), operands, text, constraints, has_side_effects=True)
