@@ -32,9 +32,6 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--repeat", type=int, default=50, help="steps in one timing")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument(
-        "--ahead", action="store_true", help="copy what a Mamba layer reads first while the layer before it runs"
-    )
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     config = importlib.import_module(f"configs.{options.preset}").config.model
@@ -45,7 +42,7 @@ def main() -> None:
     weights = jax.jit(lambda key: step_weights(init_parameters(config, key), config))(jax.random.key(0))
     arrays = weights | step_cache(jax.jit(lambda: init_cache(config, B))())
     residual = jnp.ones((B, config.width))
-    sizes = step_sizes(config, B, blocks, options.ahead)
+    sizes = step_sizes(config, B, blocks)
 
     def step(residual: jax.Array, arrays: dict[str, jax.Array]) -> jax.Array:
         return decode_layers_gpu(residual, arrays, sizes)["residual_out"]

@@ -88,8 +88,8 @@ def advance(parameters: Parameters, token: Array, cache: Cache, config: ModelCon
     return norm.astype(config.compute_dtype)[:, None], cache
 
 
-def step_sizes(config: ModelConfig, batch: int, blocks: int, ahead: bool = False) -> Sizes:
-    """What the kernel is specialised for; `blocks` is the number of the GPU's processors, `ahead` see `Sizes`.
+def step_sizes(config: ModelConfig, batch: int, blocks: int) -> Sizes:
+    """What the kernel is specialised for; `blocks` is the number of the GPU's processors.
 
     Raises:
         NotImplementedError: the model has what the kernel lacks; the message says what.
@@ -117,7 +117,6 @@ def step_sizes(config: ModelConfig, batch: int, blocks: int, ahead: bool = False
         router_bias=config.moe.router_bias,
         eps=config.norm_eps,
         blocks=blocks,
-        ahead=ahead,
     )
 
 

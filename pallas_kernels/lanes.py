@@ -111,13 +111,36 @@ class LanesTogether(Lanes, Protocol):
         """Read `thread` and `block` again: the compiler cannot keep in registers what was made of them before."""
         ...
 
-    def copy(self, shared: Any, place: Sequence[Any], ref: Any, index: Sequence[Any]) -> None:
-        """Start copying VECTOR_BYTES from an input to shared memory; this lane alone may read them, after `copied`."""
+    def copy(self, shared: Any, ref: Any, index: Sequence[Any], count: Any, wanted: Any = True) -> None:
+        """Start copying `count` elements of an input, in memory from `index` on, to the start of an array of one axis.
+
+        It is another unit that copies, which takes a number of bytes divisible by 16 from such an address, one copy at a
+        time: call it, alike in every lane, after a barrier behind the last use of `shared`. Where `wanted` is false nothing is
+        copied and nothing may be waited for.
+        """
         ...
 
-    def copied(self) -> None:
-        """Wait for all that this lane is copying."""
+    def copied(self, number: Any) -> None:
+        """Wait for the copy of this number, the first being 0; all lanes may read it then."""
         ...
+
+    def post(self, letters: Any, index: Sequence[Any], value: Any, stamp: Any, where: Any = None) -> None:
+        """Write a letter, rounded to the letters' dtype, and its stamp."""
+        ...
+
+    def collect(
+        self, letters: Any, places: Sequence[Sequence[Any]], width: int, stamp: Any, where: Any = None
+    ) -> list[list[Any]]:
+        """Wait until the `width` neighbours from each place on bear this stamp, and read them: of a place, its values.
+
+        A place's letters have at most VECTOR_BYTES, stamps included, and are aligned to their size. Lanes where `where` is
+        false wait for nothing and get zeros.
+        """
+        ...
+
+
+LETTER_BYTES = {"float32": 8, "bfloat16": 4}
+"""Of a value and its stamp, which one access writes or reads; the stamp of a bfloat16 has 16 bits."""
 
 
 def scatter_sum(lanes: Lanes, values: Sequence[Any], strides: Sequence[int]) -> list[Any]:
@@ -201,23 +224,30 @@ def launch_together(
     threads: int,
     inputs: Mapping[str, Array],
     outputs: Mapping[str, jax.ShapeDtypeStruct],
+    letters: Mapping[str, jax.ShapeDtypeStruct],
     shared: Mapping[str, jax.ShapeDtypeStruct],
     interpret: bool = False,
 ) -> dict[str, Array]:
     """As `launch`, with all blocks running at the same time, one of `threads` lanes on each processor of the GPU.
 
-    The program is a generator. Where it yields, every block waits for all others: what was written to an output before, by any
-    of them, is read after. All blocks yield as often. `blocks` must not be more than the GPU has processors.
+    Blocks pass values to each other as `letters`, arrays of float32 or bfloat16 whose elements bear a stamp, 0 at first: a
+    reader waits for the stamp it wants, so that a value crosses the GPU in one write and one read, with no barrier between.
+    Nothing else that one block writes may be read by another. A letter may be written again once all its readers have read
+    it, which the writer must know from their own letters.
+
+    The program is a generator: it yields before it collects letters of other blocks that were posted since it last did. All
+    blocks yield as often. `blocks` must not be more than the GPU has processors.
     """
-    names = [*inputs, *outputs, *shared]
+    names = [*inputs, *outputs, *shared, *letters]
     if interpret:
 
         def run(*arrays: Array) -> list[np.ndarray]:
             results = [np.full(s.shape, np.nan, s.dtype) for s in outputs.values()]
+            posted = [_NumpyLetters(s) for s in letters.values()]
             running = []
             for block in range(blocks):
                 scratch = [np.full(s.shape, np.nan, s.dtype) for s in shared.values()]
-                refs = [*map(np.asarray, arrays), *results, *scratch]
+                refs = [*map(np.asarray, arrays), *results, *scratch, *posted]
                 lanes = _NumpyLanes(block, scratch, threads)
                 running.append(program(lanes, SimpleNamespace(**dict(zip(names, refs, strict=True)))))
             states: set[str | None] = {None}
@@ -231,24 +261,30 @@ def launch_together(
         results = jax.pure_callback(run, list(outputs.values()), *inputs.values(), vmap_method="sequential")
         return dict(zip(outputs, results, strict=True))
 
-    def body(*refs: Any) -> None:
-        arrived = pl.get_global(plgpu.SemaphoreType.REGULAR)
+    words = [s.size * LETTER_BYTES[s.dtype.name] // 4 for s in letters.values()]
+    ends = [VECTOR_BYTES // 4 * sum(ceil_div(n, VECTOR_BYTES // 4) for n in words[: k + 1]) for k in range(len(words))]
 
-        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * (len(refs) + 1))
-        def lanewise(_: Any, arrived: Any, *refs: Any) -> None:
+    def body(*refs: Any) -> None:
+        *refs, copies = refs
+        room = pl.get_global(plgpu.SemaphoreType.REGULAR((ends[-1],)))  # the global memory that is zero at first
+
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * (len(refs) + 2))
+        def lanewise(_: Any, room: Any, copies: Any, *refs: Any) -> None:
             # Imported here, so that machines without a GPU need not have what only compiles for one.
             from pallas_kernels.lanes_mosaic import MosaicLanesTogether
 
-            lanes = MosaicLanesTogether(blocks, arrived)
+            lanes = MosaicLanesTogether(copies)
             wrapped = [lanes.ref(ref, constant=k < len(inputs)) for k, ref in enumerate(refs)]
-            lanes.drive(program(lanes, SimpleNamespace(**dict(zip(names, wrapped, strict=True)))))
+            wrapped += [lanes.letters(room, first, s) for first, s in zip([0, *ends], letters.values(), strict=False)]
+            for _ in program(lanes, SimpleNamespace(**dict(zip(names, wrapped, strict=True)))):
+                pass
 
-        lanewise(arrived, *refs)
+        lanewise(room, copies, *refs)
 
     kernel = mosaic_kernel(
         body,
         outputs=tuple(outputs.values()),
-        scratch=[plgpu.SMEM(s.shape, s.dtype) for s in shared.values()],
+        scratch=[*(plgpu.SMEM(s.shape, s.dtype) for s in shared.values()), plgpu.SMEM((2,), jnp.int32)],
         grid=(blocks,),
         grid_names=("block",),
         num_threads=threads // WARPGROUP,
@@ -256,6 +292,14 @@ def launch_together(
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )
     return dict(zip(outputs, kernel(*inputs.values()), strict=True))
+
+
+class _NumpyLetters:
+    """Letters on numpy."""
+
+    def __init__(self, kind: jax.ShapeDtypeStruct):
+        self.values = np.full(kind.shape, np.nan, kind.dtype)
+        self.stamps = np.zeros(kind.shape, int)
 
 
 class _NumpyLanes:
@@ -266,7 +310,7 @@ class _NumpyLanes:
         self.size = size
         self.thread = np.arange(size)
         self._warp = self.thread // WARP
-        self._copies: list[tuple[np.ndarray, Sequence[Any], list[np.ndarray]]] = []
+        self._copies: list[tuple[np.ndarray, np.ndarray]] = []
         # For each element of shared memory, since the last barrier: the warps that read it and those that wrote it, as bits.
         self._shared = {id(array): (np.zeros(array.shape, int), np.zeros(array.shape, int)) for array in shared}
 
@@ -370,15 +414,38 @@ class _NumpyLanes:
     def anew(self) -> None:
         pass
 
-    def copy(self, shared: np.ndarray, place: Sequence[Any], ref: np.ndarray, index: Sequence[Any]) -> None:
-        width = VECTOR_BYTES // ref.dtype.itemsize
-        self._copies.append((shared, place, self.load(ref, index, width)))
-        self.store(shared, place, [np.nan] * width)  # until it is there
+    def copy(self, shared: np.ndarray, ref: np.ndarray, index: Sequence[Any], count: Any, wanted: Any = True) -> None:
+        if np.all(wanted):
+            first = np.ravel_multi_index(tuple(int(k) for k in index), ref.shape)
+            self._copies.append((shared, ref.reshape(-1)[first : first + int(count)]))
+            shared[...] = np.nan  # until it is there
 
-    def copied(self) -> None:
-        for shared, place, values in self._copies:
-            self.store(shared, place, values)
-        self._copies.clear()
+    def copied(self, number: Any) -> None:
+        if len(self._copies) != int(number) + 1:
+            raise RuntimeError(f"block {self.block} waits for copy {number} of {len(self._copies)}")
+        shared, values = self._copies[-1]
+        shared[: len(values)] = values
+
+    def post(self, letters: _NumpyLetters, index: Sequence[Any], value: Any, stamp: Any, where: Any = None) -> None:
+        self.store(letters.values, index, [value], where)
+        active = np.broadcast_to(True if where is None else where, (self.size,))
+        letters.stamps[self._access(letters.stamps, index, where, True)] = np.broadcast_to(stamp, (self.size,))[active]
+
+    def collect(
+        self, letters: _NumpyLetters, places: Sequence[Sequence[Any]], width: int, stamp: Any, where: Any = None
+    ) -> list[list[np.ndarray]]:
+        active = np.broadcast_to(True if where is None else where, (self.size,))
+        collected = []
+        for *leading, last in places:
+            values = []
+            for k in range(width):
+                own = self._access(letters.stamps, (*leading, last + k), where, False)
+                if (letters.stamps[own] != np.broadcast_to(stamp, (self.size,))[active]).any():
+                    raise RuntimeError(f"block {self.block} waits for letters that nobody has posted, or that are gone")
+                values.append(np.zeros(self.size, np.float32))
+                values[-1][active] = letters.values[own]
+            collected.append(values)
+        return collected
 
 
 def ceil_div(a: int, b: int) -> int:

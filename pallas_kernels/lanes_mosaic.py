@@ -11,7 +11,7 @@ from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm, math, nvvm, scf, vector
 
-from pallas_kernels.lanes import VECTOR_BYTES, WARPGROUP
+from pallas_kernels.lanes import LETTER_BYTES, VECTOR_BYTES, WARPGROUP
 
 
 class Ref(NamedTuple):
@@ -278,12 +278,14 @@ class MosaicLanes:
 class MosaicLanesTogether(MosaicLanes):
     """Lanes of blocks that all run at the same time, see `pallas_kernels.lanes.launch_together`."""
 
-    def __init__(self, blocks: int, arrived: Any):
+    def __init__(self, copies: Any):
         super().__init__(1)
         self.anew()
-        self._blocks, self._arrived = blocks, llvm.addrspacecast(llvm.PointerType.get(1), utils.memref_ptr(arrived))
-        self._target = Number(utils.c(0, self._i32))
-        """Arrivals at the barriers so far."""
+        self._copies = llvm.ptrtoint(self._i32, utils.memref_ptr(copies))
+        """The barrier in shared memory on which copies arrive."""
+        with self.only_if(self.thread < 1):
+            self._emit("mbarrier.init.shared.b64 [$0], 1; fence.mbarrier_init.release.cluster;", self._copies, constraints="r")
+        self.barrier()
 
     def anew(self) -> None:
         def read(register: str) -> Number:
@@ -318,13 +320,75 @@ class MosaicLanesTogether(MosaicLanes):
             fetched.append(vector.bitcast(ir.VectorType.get((size,), ref.element), packed))
         return fetched
 
-    def copy(self, shared: Ref, place: Sequence[Any], ref: Ref, index: Sequence[Any]) -> None:
-        to = llvm.ptrtoint(self._i32, self._address(shared, place, 0))
-        text = f"cp.async.cg.shared.global [$0], [$1], {VECTOR_BYTES};"
-        self._emit(text, to, self._address(ref, index, 0), constraints="r,l,~{memory}")
+    def copy(self, shared: Ref, ref: Ref, index: Sequence[Any], count: Any, wanted: Any = True) -> None:
+        first = self.thread < 1
+        with self.only_if(first if wanted is True else first & wanted):
+            size = utils.bytewidth(ref.element)
+            text = (
+                "fence.proxy.async.shared::cta; mbarrier.arrive.expect_tx.shared.b64 _, [$3], $2; "
+                "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1], $2, [$3];"
+            )
+            to, bytes_ = llvm.ptrtoint(self._i32, shared.pointer), (count * size).value
+            self._emit(text, to, self._address(ref, index, 0), bytes_, self._copies, constraints="r,l,r,r,~{memory}")
 
-    def copied(self) -> None:
-        self._emit("cp.async.wait_all;", constraints="~{memory}")
+    def copied(self, number: Any) -> None:
+        text = (
+            "{.reg .pred p; again_${:uid}: mbarrier.try_wait.parity.shared.b64 p, [$0], $1; @!p bra again_${:uid};}"
+        )
+        self._emit(text, self._copies, (number % 2).value, constraints="r,r,~{memory}")
+
+    def letters(self, room: Any, first: int, kind: Any) -> Ref:
+        """Letters of this shape and dtype in `room`, from its word `first` on; an element of `Ref` is a value and its stamp."""
+        pointer = llvm.addrspacecast(llvm.PointerType.get(1), utils.memref_ptr(room))
+        strides = utils.get_contiguous_strides(kind.shape)
+        element = ir.IntegerType.get_signless(8 * LETTER_BYTES[kind.dtype.name])
+        return Ref(utils.getelementptr(pointer, [first], self._i32), tuple(strides), element, False, False)
+
+    def post(self, letters: Ref, index: Sequence[Any], value: Any, stamp: Any, where: Number | None = None) -> None:
+        if where is not None:
+            with self.only_if(where):
+                self.post(letters, index, value, stamp)
+            return
+        value = self._number(value) if letters.element == self._i64 else self.round_bfloat16(value)
+        address, bits = self._address(letters, index, 0), arith.bitcast(self._i32, value.value)
+        if letters.element == self._i64:
+            text = "{.reg .b64 letter; mov.b64 letter, {$1, $2}; st.relaxed.gpu.global.b64 [$0], letter;}"
+        else:
+            text = "{.reg .b32 letter; or.b32 letter, $1, $2; st.relaxed.gpu.global.b32 [$0], letter;}"
+        self._emit(text, address, bits, self._stamp(stamp), constraints="l,r,r,~{memory}")
+
+    def _stamp(self, stamp: Any) -> Any:
+        return stamp.value if isinstance(stamp, Number) else utils.c(stamp, self._i32)
+
+    def collect(
+        self, letters: Ref, places: Sequence[Sequence[Any]], width: int, stamp: Any, where: Number | None = None
+    ) -> list[list[Number]]:
+        wide, count = letters.element == self._i64, len(places) * width
+        bits = 64 if wide else 32
+        addresses = [f"${count + k}" for k in range(len(places))]
+        wanted, taking = f"${count + len(places)}", f"${count + len(places) + 1}"
+        text = [f".reg .pred p; .reg .b32 stamp; .reg .b{bits} {', '.join(f'letter{k}' for k in range(count))};"]
+        if where is not None:
+            text += [f"mov.b32 ${k}, 0;" for k in range(count)] + [f"setp.eq.u32 p, {taking}, 0; @p bra done_${{:uid}};"]
+        text += ["again_${:uid}:"]
+        for k, address in enumerate(addresses):
+            names = ", ".join(f"letter{k * width + n}" for n in range(width))
+            vector_of = f".v{width}" if width > 1 else ""
+            text += [f"ld.relaxed.gpu.global{vector_of}.b{bits} {'{' + names + '}' if width > 1 else names}, [{address}];"]
+        for k in range(count):
+            apart = f"mov.b64 {{${k}, stamp}}, letter{k};" if wide else f"and.b32 stamp, letter{k}, 0xffff;"
+            other = f"setp.ne.or.u32 p, stamp, {wanted}, p;" if k else f"setp.ne.u32 p, stamp, {wanted};"
+            text += [apart, other] + ([] if wide else [f"and.b32 ${k}, letter{k}, 0xffff0000;"])
+        text += ["@p bra again_${:uid};", "done_${:uid}:"]
+        operands = [self._address(letters, place, 0) for place in places] + [self._stamp(stamp)]
+        operands += [] if where is None else [arith.extui(self._i32, where.value)]
+        inputs = ["l"] * len(places) + ["r"] * (1 if where is None else 2)
+        constraints = ",".join(["=&r"] * count + inputs + ["~{memory}"])
+        whole = self._i32 if count == 1 else llvm.StructType.get_literal([self._i32] * count)
+        got: Any = llvm.inline_asm(whole, operands, "{" + " ".join(text) + "}", constraints, has_side_effects=True)
+        words = [got] if count == 1 else [llvm.extractvalue(self._i32, got, [k]) for k in range(count)]
+        numbers = [Number(arith.bitcast(self._f32, word)) for word in words]
+        return [numbers[k : k + width] for k in range(0, count, width)]
 
     def barrier(self) -> None:
         # As an instruction of the compiler's own: it may copy one that it takes for any other assembly to two places, and
@@ -334,25 +398,12 @@ class MosaicLanesTogether(MosaicLanes):
     def _emit(self, text: str, *operands: Any, constraints: str = "") -> None:
         llvm.inline_asm(ir.Type.parse("!llvm.void"), operands, text, constraints, has_side_effects=True)
 
-    def drive(self, program: Iterator[None]) -> None:
-        """Emit a program, with a barrier of all blocks where it yields."""
-        for _ in program:
-            self._target = self._target + self._blocks
-            self.barrier()
-            with self.only_if(self.thread < 1):
-                text = (
-                    "{.reg .pred p; .reg .u32 v; red.release.gpu.global.add.u32 [$0], 1; "
-                    "again_${:uid}: ld.acquire.gpu.u32 v, [$0]; setp.lt.u32 p, v, $1; @p bra again_${:uid};}"
-                )
-                self._emit(text, self._arrived, self._target.value, constraints="l,r,~{memory}")
-            self.barrier()
-
     def repeat(self, count: int, body: Callable[[Any], Iterator[None]]) -> Iterator[None]:
         def one(i: Any, carry: list[Any]) -> list[Any]:
-            (self._target,) = carry
-            self.drive(body(i))
-            return [self._target]
+            for _ in body(i):
+                pass
+            return carry
 
-        (self._target,) = self.loop(count, one, [self._target])
+        self.loop(count, one, [])
         return
         yield

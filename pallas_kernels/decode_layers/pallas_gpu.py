@@ -2,14 +2,17 @@
 
 A step of decoding reads each weight once: its floor is the memory's bandwidth. As many kernels as layers have products would
 wait more for each other than for memory. Here one block of 512 lanes runs on each processor from the first layer to the
-last; where a product needs all of the one before, all blocks wait for each other (about a microsecond), and what the next
-product reads, as far as it does not depend on values, is under way by then.
+last; where a product needs all of the one before, blocks send each other what they made as letters, which a reader waits
+for one by one, and what the next product reads, as far as it does not depend on values, is under way by then.
 
 A block owns a share of the rows of every product, rows being outputs: weights lie `[out, in]`. A warp multiplies a row, or
-a part of it, 16 bytes a lane at a time. A Mamba layer has three waits, an expert or MLP layer two:
+a part of it, 16 bytes a lane at a time. A Mamba layer sends four times, an expert or MLP layer twice:
 
-    in_proj rows of the block's channels, convolution, its share of x_proj's sums | sums, dt, scan step, gate | out_proj
+    in_proj rows of the block's channels, convolution, its share of x_proj's sums | one sum or none in each block |
+        dt, scan step, gate | out_proj
     router in every block alike, w_in rows of the expert chosen, activation | w_out
+
+Letters are used again in the next layer of their kind: by then every block has posted what it made of all of them.
 
 It decodes small batches, see `bm_jax.decode_step`. What it takes on an H100 is in benchmarks/README.md.
 """
@@ -33,8 +36,8 @@ WARPS = THREADS // WARP
 VECTOR = 8
 """Elements of a row that a lane takes at a time."""
 LOG2E = math.log2(math.e)
-SHARED_BYTES = 220 * 1024
-"""Of a Hopper processor's shared memory, what one block may have, and a little less."""
+COPIED_BYTES = 160 * 1024
+"""Of a block's shared memory of 227 KiB, what weights copied ahead may have."""
 COLUMNS = 128
 """Most columns of x_proj."""
 
@@ -61,8 +64,17 @@ class Sizes(NamedTuple):
     router_bias: bool
     eps: float
     blocks: int
-    ahead: bool = False
-    """Copy what a Mamba layer reads first to shared memory while the layer before it runs. Not timed yet."""
+
+    @property
+    def columns(self) -> int:
+        """Of x_proj."""
+        return self.rank + 2 * self.states
+
+    @property
+    def copied(self) -> int:
+        """Elements of in_proj that a block copies to shared memory a layer ahead: its share, or 0 if that is too large."""
+        share = 2 * ceil_div(self.inner, self.blocks) * self.width
+        return share if "mamba" in self.kinds and 2 * share <= COPIED_BYTES else 0
 
 
 class Row(NamedTuple):
@@ -111,23 +123,13 @@ class _Step:
             fetched.append(row._replace(weights=[partial(lanes.unpack, load) for load in loads]))
         return fetched, parts
 
-    def copy_rows(self, ref: Any, lead: tuple[Any, ...], first: Any, count: Any, most: int, length: int) -> None:
-        """Start copying rows to `ahead`, each piece where the lane that needs it finds it."""
-        rows, _ = self.rows(first, count, most, length)
-        places = [(row.row, at) for row in rows for at, _ in row.places]
-        for k, place in enumerate(places):
-            self.lanes.copy(self.refs.ahead, (k, self.lanes.thread, 0), ref, (*lead, *place))
-
     def copied_rows(self, first: Any, count: Any, most: int, length: int) -> tuple[list[Row], int]:
-        """What `copy_rows` copied, as `fetch_rows` gives it."""
-        lanes, found, k = self.lanes, [], 0
-        lanes.copied()
+        """Rows whose weights lie in `copied`, the block's first one first."""
+        lanes, found = self.lanes, []
         rows, parts = self.rows(first, count, most, length)
         for row in rows:
-            slots = range(k, k + len(row.places))
-            k += len(row.places)
-            loads = [partial(lanes.load, self.refs.ahead, (slot, lanes.thread, 0), VECTOR) for slot in slots]
-            found.append(row._replace(weights=loads))
+            places = [((row.row - first) * length + at,) for at, _ in row.places]
+            found.append(row._replace(weights=[partial(lanes.load, self.refs.copied, place, VECTOR) for place in places]))
         return found, parts
 
     def rows(self, first: Any, count: Any, most: int, length: int) -> tuple[list[Row], int]:
@@ -186,47 +188,48 @@ class _Step:
 
     # --- what layers have in common ------------------------------------------------------------------------------------
 
+    def stamp(self, i: Any, j: int) -> Any:
+        """Of the letters posted in layer `j` of period `i`, the residual's aside: that is stamped for the next layer."""
+        return i * len(self.sizes.kinds) + (j + 1)
+
     def places(self) -> list[tuple[Any, Any]]:
-        """Which elements of a row of the residual this lane has, and whether they are inside (None: always)."""
+        """Which pairs of a row of the residual this lane has, and whether they are inside (None: always)."""
         lanes, M, places = self.lanes, self.sizes.width, []
-        for j in range(ceil_div(M, THREADS)):
-            at = lanes.thread + j * THREADS
-            places.append((at, None) if (j + 1) * THREADS <= M else (lanes.smaller(at, M - 1), at < M))
+        for k in range(ceil_div(M, 2 * THREADS)):
+            at = (lanes.thread + k * THREADS) * 2
+            places.append((at, None) if (k + 1) * 2 * THREADS <= M else (lanes.smaller(at, M - 2), at < M))
         return places
 
-    def read_residual(self) -> list[list[Any]]:
-        """The residual of each token, which other blocks wrote. Asked for first: what is asked for later comes later."""
-        return [
-            [self.lanes.load(self.refs.residual_out, (b, at), 1)[0] for at, _ in self.places()] for b in range(self.sizes.batch)
-        ]
+    def norm_weights(self, i: Any, j: int) -> list[list[Any]]:
+        return [self.lanes.load(getattr(self.refs, f"norm_{j}"), (i, at), 2) for at, _ in self.places()]
 
-    def norm_weights(self, i: Any, j: int) -> list[Any]:
-        return [self.lanes.load(getattr(self.refs, f"norm_{j}"), (i, at), 1)[0] for at, _ in self.places()]
-
-    def normed(self, residual: list[list[Any]], weights: list[Any]) -> None:
-        """`x` = RMSNorm of the residual."""
+    def normed(self, i: Any, j: int, weights: list[list[Any]]) -> None:
+        """`x` = RMSNorm of the residual, which other blocks made."""
         lanes, refs = self.lanes, self.refs
-        for b, values in enumerate(residual):
-            inside = [inside for _, inside in self.places()]
-            squares = [v * v if own is None else lanes.select(own, v * v, 0.0) for v, own in zip(values, inside, strict=True)]
-            lanes.store(refs.sums, (b, self.warp), [self.warp_sum(sum(squares))], where=self.lane < 1)
+        residual = [
+            [lanes.collect(refs.residual_sent, [(b, at)], 2, self.stamp(i, j), inside)[0] for at, inside in self.places()]
+            for b in range(self.sizes.batch)
+        ]
+        for b, pairs in enumerate(residual):
+            squares = sum(v * v for pair in pairs for v in pair)  # zeros where a lane has none
+            lanes.store(refs.sums, (b, self.warp), [self.warp_sum(squares)], where=self.lane < 1)
         lanes.barrier()
-        for b, values in enumerate(residual):
+        for b, pairs in enumerate(residual):
             mean = self.warp_sum(lanes.load(refs.sums, (b, self.lane % WARPS), 1)[0], WARPS) * (1 / self.sizes.width)
             factor = lanes.inverse_root(mean + self.sizes.eps)
-            for v, (at, inside), weight in zip(values, self.places(), weights, strict=True):
-                lanes.store(refs.x, (b, at), [lanes.round_bfloat16(v * factor * weight)], where=inside)
+            for pair, (at, inside), weight in zip(pairs, self.places(), weights, strict=True):
+                values = [lanes.round_bfloat16(v * factor * w) for v, w in zip(pair, weight, strict=True)]
+                lanes.store(refs.x, (b, at), values, where=inside)
         lanes.barrier()
 
-    def gather(self, ref: Any, length: int) -> None:
-        """`x` = rows of `ref`, which other blocks wrote."""
-        lanes = self.lanes
+    def gather(self, letters: Any, length: int, stamp: Any) -> None:
+        """`x` = rows of `letters`, which other blocks posted."""
+        lanes, width = self.lanes, 4
         for b in range(self.sizes.batch):
-            for j in range(ceil_div(length, THREADS * VECTOR)):
-                piece = lanes.thread + j * THREADS
-                inside = piece < length // VECTOR
-                at = lanes.smaller(piece, length // VECTOR - 1) * VECTOR
-                lanes.store(self.refs.x, (b, at), lanes.load(ref, (b, at), VECTOR), where=inside)
+            pieces = [lanes.thread + k * THREADS for k in range(ceil_div(length, THREADS * width))]
+            places = [(b, lanes.smaller(piece, length // width - 1) * width) for piece in pieces]
+            for piece, place, values in zip(pieces, places, lanes.collect(letters, places, width, stamp), strict=True):
+                lanes.store(self.refs.x, place, values, where=piece < length // width)
         lanes.barrier()
 
     def own_residual(self) -> list[Any]:
@@ -235,14 +238,18 @@ class _Step:
         at = first + lanes.smaller(lanes.thread, count - 1)
         return [lanes.load(self.refs.residual_out, (b, at), 1)[0] for b in range(self.sizes.batch)]
 
-    def add(self, before: Sequence[Any], parts: int, gates: Sequence[Any] | None = None) -> None:
+    def add(self, before: Sequence[Any], parts: int, stamp: Any, gates: Sequence[Any] | None = None) -> None:
         """The products just made, times the gates, to the block's part of the residual, as it was before."""
         lanes, (first, count, _) = self.lanes, self.share(self.sizes.width)
         own = lanes.smaller(lanes.thread, count - 1)
         for b, value in enumerate(before):
             product = self.row(b, own, parts)
-            value = value + (product * gates[b] if gates else product)
-            lanes.store(self.refs.residual_out, (b, first + own), [value], where=lanes.thread < count)
+            self.write_residual(b, own, value + (product * gates[b] if gates else product), stamp)
+
+    def write_residual(self, b: int, own: Any, value: Any, stamp: Any) -> None:
+        lanes, (first, count, _) = self.lanes, self.share(self.sizes.width)
+        lanes.post(self.refs.residual_sent, (b, first + own), value, stamp, where=lanes.thread < count)
+        lanes.store(self.refs.residual_out, (b, first + own), [value], where=lanes.thread < count)
 
     def sigmoid(self, x: Any) -> Any:
         return self.lanes.reciprocal(1.0 + self.lanes.exp2(x * -LOG2E))
@@ -270,30 +277,31 @@ class _Step:
 
     # --- layers ------------------------------------------------------------------------------------------------------
 
-    def copy_in_proj(self, i: Any, j: int) -> None:
-        """Start copying what the Mamba layer `j` of period `i` reads first."""
-        first, count, most = self.share(self.sizes.inner)
-        self.copy_rows(getattr(self.refs, f"in_proj_{j}"), (i,), first * 2, count * 2, most * 2, self.sizes.width)
-
     def copy_next(self, i: Any, j: int) -> None:
-        """The same for the layer after layer `j` of period `i`, if it is one of Mamba."""
+        """Start copying what the layer after layer `j` of period `i` reads first, if that is one of Mamba; -1: before all."""
         s, after = self.sizes, (j + 1) % len(self.sizes.kinds)
-        if s.ahead and s.kinds[after] == "mamba":
-            self.copy_in_proj(i if after else self.lanes.smaller(i + 1, s.repeats - 1), after)
+        if s.copied and s.kinds[after] == "mamba":
+            first, count, _ = self.share(s.inner)
+            turn, wanted = (i, True) if after > j else (i + 1, s.repeats > i + 1)
+            index = (turn, first * 2, self.lanes.block * 0)
+            self.lanes.copy(self.refs.copied, getattr(self.refs, f"in_proj_{after}"), index, count * (2 * s.width), wanted)
 
     def mamba(self, i: Any, j: int) -> Iterator[None]:
         s = self.sizes
         self.project_in(i, j)
         ahead = self.fetch_scan(i, j)
         rows, parts = self.fetch_rows(getattr(self.refs, f"out_proj_{j}"), (i,), *self.share(s.width), s.inner)
+        self.copy_next(i, j)
         before = self.own_residual()
+        yield
+        self.sum_columns(self.stamp(i, j))
         yield
         self.scan(i, j, *ahead)
         yield
-        self.gather(self.refs.y, s.inner)
+        self.gather(self.refs.y, s.inner, self.stamp(i, j))
         self.multiply(rows, range(s.batch))
         self.lanes.barrier()
-        self.add(before, parts)
+        self.add(before, parts, self.stamp(i, j) + 1)
         yield
 
     def project_in(self, i: Any, j: int) -> None:
@@ -301,21 +309,19 @@ class _Step:
         s, lanes, refs, T = self.sizes, self.lanes, self.refs, self.lanes.thread
         own = lambda name: getattr(refs, f"{name}_{j}")  # noqa: E731
         first, count, most = self.share(s.inner)
-        columns = s.rank + 2 * s.states
-        residual, scale = self.read_residual(), self.norm_weights(i, j)
+        scale = self.norm_weights(i, j)
         share = (first * 2, count * 2, most * 2, s.width)
-        rows, parts = ([], 0) if s.ahead else self.fetch_rows(own("in_proj"), (i,), *share)
-        column = lanes.smaller(T, columns - 1)
+        rows, parts = self.copied_rows(*share) if s.copied else self.fetch_rows(own("in_proj"), (i,), *share)
+        column = lanes.smaller(T, s.columns - 1)
         x_proj = [lanes.fetch(own("x_proj"), (i, first + lanes.smaller(T * 0 + c, count - 1), column), 1) for c in range(most)]
         mine = lanes.smaller(T, count - 1)
         weights = [lanes.load(own("conv_weight"), (i, k, first + mine), 1)[0] for k in range(s.taps)]
         bias = lanes.load(own("conv_bias"), (i, first + mine), 1)[0]
         earlier = [[lanes.load(own("conv"), (i, b, k, first + mine), 1)[0] for k in range(s.taps - 1)] for b in range(s.batch)]
-        self.normed(residual, scale)
-        if s.ahead:
-            rows, parts = self.copied_rows(*share)
+        self.normed(i, j, scale)
+        if s.copied:
+            lanes.copied(i * s.kinds.count("mamba") + s.kinds[:j].count("mamba"))
         self.multiply(rows, range(s.batch))
-        self.copy_next(i, j)
         lanes.barrier()
         for b in range(s.batch):
             taps = [*earlier[b], self.row(b, mine * 2, parts)]
@@ -332,7 +338,20 @@ class _Step:
             total = 0.0
             for c, weight in enumerate(x_proj):
                 total = lanes.fma(lanes.unpack(weight)[0], lanes.load(refs.u, (b, c), 1)[0], total)
-            lanes.store(refs.partial, (lanes.block, b, T), [total], where=columns > T)
+            lanes.post(refs.partial, (T + b * s.columns, lanes.block), total, self.stamp(i, j), where=s.columns > T)
+
+    def sum_columns(self, stamp: Any) -> None:
+        """dt's low rank, B and C of the tokens: each the sum of all blocks' `partial`, by a warp of some block."""
+        s, lanes, refs = self.sizes, self.lanes, self.refs
+        items = s.batch * s.columns
+        item = lanes.block + self.warp * s.blocks
+        column, has = lanes.smaller(item, items - 1), item < items
+        total = 0.0
+        blocks = [self.lane + k * WARP for k in range(ceil_div(s.blocks, WARP))]
+        places = [(column, lanes.smaller(block, s.blocks - 1)) for block in blocks]
+        for block, (value,) in zip(blocks, lanes.collect(refs.partial, places, 1, stamp, has), strict=True):
+            total = total + lanes.select(block < s.blocks, value, 0.0)
+        lanes.post(refs.low_sent, (column,), self.warp_sum(total), stamp, where=has & (self.lane < 1))
 
     def fetch_scan(self, i: Any, j: int) -> tuple[Any, ...]:
         """What `scan` reads and no other block writes: dt_proj, eight lanes a channel; the rest, a lane a state."""
@@ -352,29 +371,14 @@ class _Step:
         states = [lanes.load(own("state"), (i, b, channel, n), 1)[0] for b in range(s.batch)]
         return dt_proj, dt_bias, rate, skip, states
 
-    def low_rank(self) -> None:
-        """`low` = dt's low rank, B and C: the sums of all blocks' `partial`."""
-        s, lanes, refs, T = self.sizes, self.lanes, self.refs, self.lanes.thread
-        columns, groups = s.rank + 2 * s.states, THREADS // COLUMNS
-        group, column = T // COLUMNS, lanes.smaller(T % COLUMNS, columns - 1)
-        for b in range(s.batch):
-            values = []
-            for k in range(ceil_div(s.blocks, groups)):
-                block = group + k * groups
-                value = lanes.load(refs.partial, (lanes.smaller(block, s.blocks - 1), b, column), 1)[0]
-                values.append(value if (k + 1) * groups <= s.blocks else lanes.select(block < s.blocks, value, 0.0))
-            lanes.store(refs.groups, (b, group, T % COLUMNS), [sum(values)])
-        lanes.barrier()
-        for b in range(s.batch):
-            total = sum(lanes.load(refs.groups, (b, g, column), 1)[0] for g in range(groups))
-            lanes.store(refs.low, (b, T), [total], where=columns > T)
-        lanes.barrier()
-
     def scan(self, i: Any, j: int, dt_proj: list[Any], dt_bias: Any, rate: Any, skip: Any, states: list[Any]) -> None:
         """One step of the block's channels: the next state, and the gated output to `y`."""
         s, lanes, refs, T = self.sizes, self.lanes, self.refs, self.lanes.thread
         first, count, most = self.share(s.inner)
-        self.low_rank()
+        inside, places = s.columns > T, [(lanes.smaller(T, s.columns - 1) + b * s.columns,) for b in range(s.batch)]
+        for b, (value,) in enumerate(lanes.collect(refs.low_sent, places, 1, self.stamp(i, j), inside)):
+            lanes.store(refs.low, (b, T), [value], where=inside)
+        lanes.barrier()
         for b in range(s.batch):
             total = 0.0
             for at, inside, fetched in dt_proj:
@@ -392,13 +396,15 @@ class _Step:
             state = lanes.fma(lanes.exp2(step * rate), state, step * u * B)
             lanes.store(getattr(refs, f"state_out_{j}"), (i, b, first + own, n), [state], where=inside)
             y = self.warp_sum(state * C, s.states) + skip * u
-            lanes.store(refs.y, (b, first + own), [y * lanes.load(refs.z, (b, own), 1)[0]], where=inside & (n < 1))
+            y = y * lanes.load(refs.z, (b, own), 1)[0]
+            lanes.post(refs.y, (b, first + own), y, self.stamp(i, j), where=inside & (n < 1))
 
     def moe(self, i: Any, j: int) -> Iterator[None]:
         s, lanes, refs = self.sizes, self.lanes, self.refs
         own = lambda name: getattr(refs, f"{name}_{j}")  # noqa: E731
         X, M, T = s.experts, s.width, lanes.thread
-        residual, scale = self.read_residual(), self.norm_weights(i, j)
+        self.copy_next(i, j)  # while nothing else can be read, as the expert is not known
+        scale = self.norm_weights(i, j)
         router = []
         for turn in range(ceil_div(X, WARPS)):
             x = self.warp + turn * WARPS
@@ -409,7 +415,7 @@ class _Step:
                 pieces.append((at, piece < M // 4, lanes.fetch(own("router"), (i, lanes.smaller(x, X - 1), at), 4)))
             router.append((x, pieces))
         bias = [lanes.load(own("router_bias"), (i, T * 0 + x), 1)[0] if s.router_bias else 0.0 for x in range(X)]
-        self.normed(residual, scale)
+        self.normed(i, j, scale)
         for x, pieces in router:
             for b in range(s.batch):
                 total = 0.0
@@ -435,7 +441,8 @@ class _Step:
         yield from self.feed_forward(i, j, "moe", [(expert,) for expert in experts], gates)
 
     def mlp(self, i: Any, j: int) -> Iterator[None]:
-        self.normed(self.read_residual(), self.norm_weights(i, j))
+        self.copy_next(i, j)
+        self.normed(i, j, self.norm_weights(i, j))
         yield from self.feed_forward(i, j, "mlp", None, None)
 
     def feed_forward(
@@ -451,33 +458,30 @@ class _Step:
         parts = 1
         for lead, tokens in together:
             rows, parts = self.fetch_rows(w_in, lead, first * 2, count * 2, most * 2, s.width)
-            if lead is together[-1][0]:
-                self.copy_next(i, j)
             self.multiply(rows, tokens)
         lanes.barrier()
         mine = lanes.smaller(T, count - 1)
         for b in range(s.batch):
             value = self.activate(self.row(b, mine * 2, parts), self.row(b, mine * 2 + 1, parts), s.activation[kind])
-            lanes.store(refs.hidden, (b, first + mine), [value], where=count > T)
+            lanes.post(refs.hidden, (b, first + mine), value, self.stamp(i, j), where=count > T)
         ahead = len(together) == 1
         fetched = [self.fetch_rows(w_out, together[0][0], row0, rows_own, rows_most, F)] if ahead else []
         before = self.own_residual()
         yield
-        self.gather(refs.hidden, F)
+        self.gather(refs.hidden, F, self.stamp(i, j))
         for k, (lead, tokens) in enumerate(together):
             rows, parts = fetched[k] if ahead else self.fetch_rows(w_out, lead, row0, rows_own, rows_most, F)
             self.multiply(rows, tokens)
         lanes.barrier()
-        self.add(before, parts, gates)
+        self.add(before, parts, self.stamp(i, j) + 1, gates)
         yield
 
     def all(self) -> Iterator[None]:
         lanes, refs, (first, count, _) = self.lanes, self.refs, self.share(self.sizes.width)
-        at = first + lanes.smaller(lanes.thread, count - 1)
+        own = lanes.smaller(lanes.thread, count - 1)
+        self.copy_next(lanes.block * 0, -1)
         for b in range(self.sizes.batch):
-            lanes.store(refs.residual_out, (b, at), lanes.load(refs.residual, (b, at), 1), where=lanes.thread < count)
-        if self.sizes.ahead and self.sizes.kinds[0] == "mamba":
-            self.copy_in_proj(lanes.thread * 0, 0)
+            self.write_residual(b, own, lanes.load(refs.residual, (b, first + own), 1)[0], self.stamp(0, 0))
         yield
 
         def period(i: Any) -> Iterator[None]:
@@ -486,8 +490,6 @@ class _Step:
                 yield from getattr(_Step(self.sizes, lanes, refs), kind)(i, j)
 
         yield from lanes.repeat(self.sizes.repeats, period)
-        if self.sizes.ahead:
-            lanes.copied()  # what was begun for a layer after the last
 
 
 def refusal(sizes: Sizes) -> str | None:
@@ -497,7 +499,7 @@ def refusal(sizes: Sizes) -> str | None:
         return f"it has no layers of kind {', '.join(sorted(unknown))}"
     if plain := {s.activation[kind] for kind in s.hidden} - {"swiglu", "geglu", "geglu_tanh"}:
         return f"it has gated activations alone, not {', '.join(sorted(plain))}"
-    if "mamba" in s.kinds and (s.states not in (4, 8, 16, 32) or s.rank + 2 * s.states > COLUMNS):
+    if "mamba" in s.kinds and (s.states not in (4, 8, 16, 32) or s.columns > COLUMNS):
         return f"it takes 4, 8, 16 or 32 states, and dt_rank + 2 * states up to {COLUMNS}; got {s.states} and {s.rank}"
     if any(size % VECTOR for size in (s.width, s.inner, s.rank, *s.hidden.values())):
         return f"every width must be a multiple of {VECTOR}"
@@ -535,9 +537,6 @@ def decode_layers_gpu(residual: Array, arrays: Mapping[str, Array], sizes: Sizes
     widest = max(s.width, s.inner, *s.hidden.values())
     outputs = {
         "residual_out": jax.ShapeDtypeStruct((B, s.width), jnp.float32),
-        "y": jax.ShapeDtypeStruct((B, s.inner), jnp.bfloat16),
-        "hidden": jax.ShapeDtypeStruct((B, max(s.hidden.values(), default=VECTOR)), jnp.bfloat16),
-        "partial": jax.ShapeDtypeStruct((s.blocks, B, COLUMNS), jnp.float32),
     }
     for j, kind in enumerate(s.kinds):
         if kind == "mamba":
@@ -545,26 +544,28 @@ def decode_layers_gpu(residual: Array, arrays: Mapping[str, Array], sizes: Sizes
                 before = arrays[f"{name}_{j}"]
                 outputs[f"{name}_out_{j}"] = jax.ShapeDtypeStruct(before.shape, before.dtype)
     channels = ceil_div(s.inner, s.blocks)
-    most = max(2 * ceil_div(width, s.blocks) for width in (s.inner, *s.hidden.values()))
+    rows = ceil_div(s.width, s.blocks)
+    products = [(rows, size) for size in (s.inner, *s.hidden.values())]
+    products += [(2 * ceil_div(size, s.blocks), s.width) for size in (s.inner, *s.hidden.values())]
+    parts = max(ceil_div(most * split(most, length)[0], WARPS) * WARPS for most, length in products)
     f32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
+    bf16 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)  # noqa: E731
+    letters = {"residual_sent": f32(B, s.width)}
+    if "mamba" in s.kinds:
+        letters |= {"y": bf16(B, s.inner), "partial": f32(B * s.columns, s.blocks), "low_sent": f32(B * s.columns)}
+    if s.hidden:
+        letters |= {"hidden": bf16(B, max(s.hidden.values()))}
     shared = {
         "x": f32(B, widest),
-        "parts": f32(B, WARPS * (most + ceil_div(s.width, s.blocks) * 16)),
+        "parts": f32(B, parts),
         "sums": f32(B, WARPS), "scores": f32(B, max(s.experts, 1)), "u": f32(B, channels), "z": f32(B, channels),
-        "steps": f32(B, channels), "groups": f32(B, THREADS // COLUMNS, COLUMNS), "low": f32(B, COLUMNS),
+        "steps": f32(B, channels), "low": f32(B, COLUMNS),
     }  # fmt: skip
-    if s.ahead:
-        parts, each = split(2 * channels, s.width)
-        pieces = ceil_div(2 * channels * parts, WARPS) * each
-        shared = {"ahead": jax.ShapeDtypeStruct((pieces, THREADS, VECTOR), jnp.bfloat16)} | shared
-        if (needed := sum(x.size * x.dtype.itemsize for x in shared.values())) > SHARED_BYTES:
-            raise NotImplementedError(
-                f"decode_layers: {needed:,} bytes of shared memory are more than {SHARED_BYTES:,}; not ahead"
-            )
+    if s.copied:
+        shared = {"copied": bf16(s.copied)} | shared
     inputs = {"residual": residual} | dict(arrays)
 
     def program(lanes: LanesTogether, refs: SimpleNamespace) -> Iterator[None]:
         return _Step(sizes, lanes, refs).all()
 
-    results = launch_together(program, s.blocks, THREADS, inputs, outputs, shared, interpret)
-    return {name: value for name, value in results.items() if name not in ("y", "hidden", "partial")}
+    return launch_together(program, s.blocks, THREADS, inputs, outputs, letters, shared, interpret)

@@ -32,17 +32,16 @@ def tiny(layers=("mamba", "moe"), activation="geglu", **moe):
 
 
 @pytest.mark.parametrize(
-    ("config", "batch", "ahead"),
+    ("config", "batch"),
     [
-        (tiny(), 1, False),
-        (tiny(activation="swiglu", router="switch"), 3, True),
-        (tiny(("mamba", "mlp", "moe"), "geglu_tanh", router_bias=False), 2, True),
-        (tiny(("mamba",)), 2, False),
-        (tiny(("mamba",)), 2, True),
+        (tiny(), 1),
+        (tiny(activation="swiglu", router="switch"), 3),
+        (tiny(("mamba", "mlp", "moe"), "geglu_tanh", router_bias=False), 2),
+        (tiny(("mamba",)), 2),
     ],
-    ids=["blackmamba", "switch", "three kinds", "mamba", "mamba, copied ahead"],
+    ids=["blackmamba", "switch", "three kinds", "mamba"],
 )
-def test_a_step_is_that_of_the_model(config, batch, ahead):
+def test_a_step_is_that_of_the_model(config, batch):
     """Interpreted on a CPU; on a GPU, which must be of compute capability 9.0, the kernel itself."""
     parameters = init_parameters(config, jax.random.key(0))
     parameters = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), parameters)
@@ -51,7 +50,7 @@ def test_a_step_is_that_of_the_model(config, batch, ahead):
     wanted = forward(parameters, tokens[:, 5:], config, cache=cache)
     residual = parameters["embedding"][tokens[:, 5]]
     arrays = step_weights(parameters, config) | step_cache(cache)
-    sizes = step_sizes(config, batch, BLOCKS, ahead)
+    sizes = step_sizes(config, batch, BLOCKS)
     got = decode_layers_gpu(residual, arrays, sizes, interpret=jax.default_backend() == "cpu")
     hidden = layer_norm(got["residual_out"], parameters["final_norm"], parameters["final_norm_bias"], config.norm_eps)
 
@@ -87,7 +86,6 @@ def test_what_it_cannot_run_is_refused():
         ({"width": 68}, "multiple of 8"),
         ({"blocks": 100}, "each of 100 blocks"),
         ({"inner": 8 * 100}, "512 lanes"),
-        ({"kinds": ("moe",), "batch": 64, "ahead": True}, "bytes of shared memory"),
     ):
         with pytest.raises(NotImplementedError, match=message):
             decode_layers_gpu(jnp.zeros((1, 72)), {}, good._replace(**change))
