@@ -72,9 +72,12 @@ class Sizes(NamedTuple):
 
     @property
     def copied(self) -> int:
-        """Elements of in_proj that a block copies to shared memory a layer ahead: its share, or 0 if that is too large."""
+        """Elements of in_proj that a block copies to shared memory a layer ahead: its share, if it fits and gains by it.
+
+        It gains at one token: with more, whose experts differ, memory is busy, and the copy was measured to delay those.
+        """
         share = 2 * ceil_div(self.inner, self.blocks) * self.width
-        return share if "mamba" in self.kinds and 2 * share <= COPIED_BYTES else 0
+        return share if "mamba" in self.kinds and self.batch == 1 and 2 * share <= COPIED_BYTES else 0
 
 
 class Row(NamedTuple):

@@ -38,8 +38,10 @@ def tiny(layers=("mamba", "moe"), activation="geglu", **moe):
         (tiny(activation="swiglu", router="switch"), 3),
         (tiny(("mamba", "mlp", "moe"), "geglu_tanh", router_bias=False), 2),
         (tiny(("mamba",)), 2),
+        (tiny(("mamba",)), 1),
+        (tiny(("mamba", "mlp", "moe", "mamba")), 1),
     ],
-    ids=["blackmamba", "switch", "three kinds", "mamba"],
+    ids=["blackmamba", "switch", "three kinds", "mamba", "mamba, one row", "three kinds, one row"],
 )
 def test_a_step_is_that_of_the_model(config, batch):
     """Interpreted on a CPU; on a GPU, which must be of compute capability 9.0, the kernel itself."""
