@@ -79,11 +79,15 @@ def _grouped_products(
         return dequantize(kernel, axes=(1,)).astype(rows.dtype) if isinstance(kernel, Quantized) else kernel
 
     w_in, w_out = widened(w_in), widened(w_out)
-    place, group_sizes = places(expert, len(w_in))
-    order = inverse(place)
-    hidden = grouped_matmul(take_rows(rows, order, place), w_in.reshape(*w_in.shape[:2], -1), group_sizes)
+    with jax.named_scope("dispatch"):
+        place, group_sizes = places(expert, len(w_in))
+        order = inverse(place)
+        sorted_rows = take_rows(rows, order, place)
+    hidden = grouped_matmul(sorted_rows, w_in.reshape(*w_in.shape[:2], -1), group_sizes)
     hidden = activate(hidden.reshape(-1, *w_in.shape[2:]), activation)
-    return take_rows(grouped_matmul(hidden, w_out, group_sizes), place, order)
+    out = grouped_matmul(hidden, w_out, group_sizes)
+    with jax.named_scope("dispatch"):
+        return take_rows(out, place, order)
 
 
 def places(group: Array, groups: int) -> tuple[Array, Array]:

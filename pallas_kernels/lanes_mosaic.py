@@ -332,9 +332,7 @@ class MosaicLanesTogether(MosaicLanes):
             self._emit(text, to, self._address(ref, index, 0), bytes_, self._copies, constraints="r,l,r,r,~{memory}")
 
     def copied(self, number: Any) -> None:
-        text = (
-            "{.reg .pred p; again_${:uid}: mbarrier.try_wait.parity.shared.b64 p, [$0], $1; @!p bra again_${:uid};}"
-        )
+        text = "{.reg .pred p; again_${:uid}: mbarrier.try_wait.parity.shared.b64 p, [$0], $1; @!p bra again_${:uid};}"
         self._emit(text, self._copies, (number % 2).value, constraints="r,r,~{memory}")
 
     def letters(self, room: Any, first: int, kind: Any) -> Ref:

@@ -243,8 +243,7 @@ class _Step:
 
     def add(self, before: Sequence[Any], parts: int, stamp: Any, gates: Sequence[Any] | None = None) -> None:
         """The products just made, times the gates, to the block's part of the residual, as it was before."""
-        lanes, (first, count, _) = self.lanes, self.share(self.sizes.width)
-        own = lanes.smaller(lanes.thread, count - 1)
+        own = self.lanes.smaller(self.lanes.thread, self.share(self.sizes.width)[1] - 1)
         for b, value in enumerate(before):
             product = self.row(b, own, parts)
             self.write_residual(b, own, value + (product * gates[b] if gates else product), stamp)
