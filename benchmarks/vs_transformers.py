@@ -205,7 +205,7 @@ def compare_training(options: Options, config: ModelConfig, parameters: Paramete
 
     state = jax.jit(start)(parameters)
     step = jax.jit(make_train_step(recipe, optimizer), donate_argnums=0)
-    loss = jax.jit(lambda params, batch: next_token_loss(params, batch, config)[0])
+    loss = jax.jit(lambda params, batch: next_token_loss(params, batch, config).sums)
 
     def ours() -> None:
         nonlocal state

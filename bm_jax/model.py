@@ -243,10 +243,14 @@ def forward(
 
 def logits(parameters: Parameters, hidden: Hidden, config: ModelConfig) -> Logits:
     """Unembed: float32 `[B, L, V]` from `Output.hidden` (float64 when that is the compute dtype)."""
-    kernel = parameters["embedding"].T if config.tie_embeddings else parameters["unembedding"]
     dtype = jnp.dtype(config.compute_dtype)
     with jax.named_scope("unembedding"):
-        return project(hidden, kernel, dtype, result=jnp.promote_types(dtype, jnp.float32))
+        return project(hidden, unembedding(parameters, config), dtype, result=jnp.promote_types(dtype, jnp.float32))
+
+
+def unembedding(parameters: Parameters, config: ModelConfig) -> Array:
+    """What hidden values are multiplied with for logits `[M, V]`."""
+    return parameters["embedding"].T if config.tie_embeddings else parameters["unembedding"]
 
 
 def unrolled(config: ModelConfig) -> ModelConfig:

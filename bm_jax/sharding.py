@@ -172,6 +172,12 @@ def batch_parts(rows: int) -> int:
     return parts if rows % parts == 0 else 1
 
 
+def sequence_parts(length: int) -> int:
+    """Into how many parts the current mesh splits sequences of this length."""
+    parts = jax.sharding.get_abstract_mesh().shape.get("sequence", 1)
+    return parts if length % parts == 0 else 1
+
+
 def constrain(x: Array, *axes: str | None) -> Array:
     """Pin the layout of an activation, as `layout` has it. Does nothing outside a mesh."""
     if jax.sharding.get_abstract_mesh().empty:

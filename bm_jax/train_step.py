@@ -113,8 +113,9 @@ def _accumulate(params: Parameters, batch: Batch, key: Array, config: Config) ->
     count = jnp.maximum(jnp.sum(predicted(batch["segment_ids"])), 1)
 
     def objective(params: Parameters, microbatch: Batch, key: Array) -> tuple[Array, Statistics | None]:
-        sums, statistics = next_token_loss(params, microbatch, config.model, training=True, remat=config.run.remat, key=key)
-        value = (sums.nll + config.run.z_loss * sums.z) / count
+        options: Any = {"z_loss": config.run.z_loss, "remat": config.run.remat, "key": key}
+        value, _, statistics = next_token_loss(params, microbatch, config.model, training=True, **options)
+        value = value / count
         if statistics is not None:
             value = value + jnp.sum(statistics.loss) / parts
         return value, statistics
@@ -138,7 +139,7 @@ def make_eval_step(config: Config) -> Callable[[Parameters, Batch], tuple[LossSu
     """The function (parameters, batch) -> (loss sums, routing metrics per MoE layer), with inference routing."""
 
     def eval_step(params: Parameters, batch: Batch) -> tuple[LossSums, dict[str, Array]]:
-        sums, statistics = next_token_loss(params, batch, config.model)
+        _, sums, statistics = next_token_loss(params, batch, config.model)
         if statistics is None:
             return sums, {}
         return sums, {"expert_load": statistics.load, "router_entropy": statistics.entropy}

@@ -64,8 +64,8 @@ def check_model(name):
         batch = {"tokens": jnp.asarray(r.integers(1, 32, (8, 13)), jnp.int32), "segment_ids": jnp.asarray(segments, jnp.int32)}
 
         def loss(parameters, batch):
-            sums, statistics = next_token_loss(parameters, batch, config, training=True)
-            return sums.nll + jnp.sum(statistics.loss), statistics
+            value, _, statistics = next_token_loss(parameters, batch, config, training=True)
+            return value + jnp.sum(statistics.loss), statistics
 
         step = jax.value_and_grad(loss, has_aux=True)
         wanted = jax.jit(step)(parameters, batch)

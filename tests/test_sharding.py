@@ -212,7 +212,7 @@ def check_channels():
         shapes = with_shardings(abstract(config), layout)
 
         def loss(parameters, batch):
-            return next_token_loss(parameters, batch, config, training=True)[0].nll
+            return next_token_loss(parameters, batch, config, training=True).objective
 
         step = jax.jit(jax.value_and_grad(loss), out_shardings=(None, layout))
         with jax.set_mesh(mesh):

@@ -239,7 +239,7 @@ def compile_stack(mesh, *, training, batch_size=1, length=MILLION):
         parameters = jax.tree.map(place, shapes, parameter_shardings(shapes, mesh))
         tokens = jax.ShapeDtypeStruct((batch_size, length + training), jnp.int32, sharding=batch_sharding(mesh))
         if training:
-            loss = lambda parameters, batch: next_token_loss(parameters, batch, config, training=True, remat="full")[0].nll  # noqa: E731
+            loss = lambda parameters, batch: next_token_loss(parameters, batch, config, training=True, remat="full").objective  # noqa: E731
             batch = {"tokens": tokens, "segment_ids": tokens}
             return config, jax.jit(jax.value_and_grad(loss)).lower(parameters, batch).compile()
         run = jax.jit(lambda parameters, tokens: forward(parameters, tokens, config).hidden)
