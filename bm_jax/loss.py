@@ -106,7 +106,7 @@ cross_entropy.defvjp(_forward, _backward)
 
 def _in_chunks(hidden: Array, kernel: Array, targets: Array, counts: Array, z_loss: float, *, gradients: bool):
     """`cross_entropy`, and with `gradients` those of the objective by `hidden` and `kernel`."""
-    (B, L, M), dtype = hidden.shape, hidden.dtype
+    (B, L, _), dtype = hidden.shape, hidden.dtype
     wide = jnp.promote_types(dtype, jnp.float32)
     D, S = batch_parts(B), sequence_parts(L)
     n = min(max(1, round(B * L / (D * S) / CHUNK)), L // S)
