@@ -62,6 +62,8 @@ class Options:
     """Tokens of a window; None for the preset's."""
     remat: Literal["none", "dots", "full"] | None = None
     """As run.remat; None for the preset's."""
+    unroll: int = 1
+    """As model.scan_unroll."""
     rounds: int = 5
     repeat: int = 4
     """Steps in one timing."""
@@ -74,12 +76,14 @@ def main(options: Options) -> None:
     rows, length = options.rows or config.data.batch_size, options.length or config.data.sequence_length
     config = dataclasses.replace(
         config,
+        model=dataclasses.replace(config.model, scan_unroll=options.unroll),
         data=dataclasses.replace(config.data, batch_size=rows, sequence_length=length),
         run=dataclasses.replace(config.run, remat=options.remat or config.run.remat),
     )
     tokens, device = rows * length, jax.devices()[0]
     state, step, batch = prepare(config)
-    compiled = step.lower(state, batch).compile()
+    lowered = step.lower(state, batch)
+    compiled = lowered.compile()
     for _ in range(2):
         state, metrics = compiled(state, batch)
     jax.block_until_ready(metrics)
@@ -104,14 +108,17 @@ def main(options: Options) -> None:
         print(f"  peak memory {memory / 1e9:.1f} GB")
     results = {"seconds": times, "tokens": tokens, "peak bytes": memory, "objective": float(metrics["objective"])}
     if options.trace:
+        # Kernels launched one by one, as those of a CUDA graph do not say which instruction they are.
+        options_of = {"xla_gpu_enable_command_buffer": ""} if device.platform == "gpu" else {}
+        traced = lowered.compile(compiler_options=options_of)
 
         def run() -> None:
             nonlocal state, metrics
             for _ in range(TRACED):
-                state, metrics = compiled(state, batch)
+                state, metrics = traced(state, batch)
             jax.block_until_ready(metrics)
 
-        parts, longest = breakdown(run, compiled.as_text())
+        parts, longest = breakdown(run, traced.as_text())
         floors = floor_seconds(config, tokens, copy_bandwidth(), peak) if peak else {}
         results |= {"parts": parts, "floors": floors, "longest": longest}
         print(f"  of a step's {sum(parts.values()) / TRACED * 1e3:.1f} ms in kernels:")
@@ -165,8 +172,7 @@ def breakdown(run: Any, text: str) -> tuple[dict[str, float], list[Any]]:
     for event in events:
         if event.get("ph") != "X" or "Stream" not in threads.get((event["pid"], event["tid"]), ""):
             continue
-        instruction = event.get("args", {}).get("hlo_op", event["name"])
-        name = names.get(instruction, "")
+        name = names.get(event.get("args", {}).get("hlo_op", event["name"]), "")
         parts[part_of(name)] += event["dur"] / 1e6
         kernels[part_of(name), event["name"], name].append(event["dur"] / 1e6)
     longest = sorted(kernels.items(), key=lambda item: -sum(item[1]))

@@ -8,7 +8,7 @@ from jax import Array
 
 from bm_jax.config import ModelConfig
 from bm_jax.initialization import Parameter, linear
-from bm_jax.layers import Context, project
+from bm_jax.layers import Context, keep, project
 from bm_jax.shapes import Hidden
 
 
@@ -55,7 +55,7 @@ def attention(
         `[B, L, M]` in the compute dtype, and the cache with these tokens written (None when none was given).
     """
     dtype = jnp.dtype(config.compute_dtype)
-    query, key, value = (project(x, parameters[name], dtype) for name in ("query", "key", "value"))
+    query, key, value = (keep(project(x, parameters[name], dtype)) for name in ("query", "key", "value"))
     if config.attention.rotary:
         query = rotate(query, context.positions, config.attention.rotary_base)
         key = rotate(key, context.positions, config.attention.rotary_base)
@@ -76,4 +76,4 @@ def attention(
         oldest = jnp.maximum(oldest, own - config.attention.window + 1)
     visible = (slot >= oldest) & (slot <= own)
     mixed = jax.nn.dot_product_attention(query, key.astype(dtype), value.astype(dtype), mask=visible[:, None])
-    return project(mixed, parameters["out"], dtype, axes=2), cache
+    return project(keep(mixed), parameters["out"], dtype, axes=2), cache

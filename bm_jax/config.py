@@ -348,7 +348,7 @@ class RunConfig:
     accumulation: int = 1
     """Microbatches a step; `data.batch_size` must be a multiple of it."""
     remat: Literal["none", "dots", "full"] = "none"
-    """What the backward pass recomputes in each period: nothing, all but matrix products, everything."""
+    """What the backward pass recomputes in each period: nothing, all but products, scans and routes, or everything."""
     z_loss: float = 0.0
     """Weight of mean(logsumexp(logits)^2)."""
     max_nonfinite_steps: int = 5

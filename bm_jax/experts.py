@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from bm_jax.config import Activation
-from bm_jax.layers import activate
+from bm_jax.layers import activate, keep
 from bm_jax.quantize import FEW_ROWS, Quantized, dequantize, product_of_all, product_of_chosen
 from pallas_kernels.grouped_matmul import grouped_matmul
 
@@ -80,14 +80,14 @@ def _grouped_products(
 
     w_in, w_out = widened(w_in), widened(w_out)
     with jax.named_scope("dispatch"):
-        place, group_sizes = places(expert, len(w_in))
-        order = inverse(place)
+        place, group_sizes = map(keep, places(expert, len(w_in)))
+        order = keep(inverse(place))
         sorted_rows = take_rows(rows, order, place)
     hidden = grouped_matmul(sorted_rows, w_in.reshape(*w_in.shape[:2], -1), group_sizes)
-    hidden = activate(hidden.reshape(-1, *w_in.shape[2:]), activation)
+    hidden = activate(keep(hidden).reshape(-1, *w_in.shape[2:]), activation)
     out = grouped_matmul(hidden, w_out, group_sizes)
     with jax.named_scope("dispatch"):
-        return take_rows(out, place, order)
+        return keep(take_rows(out, place, order))
 
 
 def places(group: Array, groups: int) -> tuple[Array, Array]:

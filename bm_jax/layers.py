@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
 from bm_jax.config import GATED_ACTIVATIONS, Activation, ModelConfig
 from bm_jax.initialization import Parameter, linear
@@ -42,6 +43,15 @@ def layer_norm(x: Array, scale: Array, bias: Array, eps: float) -> Array:
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     x = x - jnp.mean(x, axis=-1, keepdims=True)
     return rms_norm(x, scale, eps) + bias
+
+
+KEPT = "kept"
+"""The name of results that a backward pass which recomputes others does not."""
+
+
+def keep(x: Array) -> Array:
+    """`x`, which a backward pass with `run.remat` "dots" does not compute again: that would cost more than keeping it."""
+    return checkpoint_name(x, KEPT)
 
 
 def project(x: Array, kernel: Array | Quantized, dtype: jnp.dtype, *, axes: int = 1, result: jnp.dtype | None = None) -> Array:
@@ -85,5 +95,5 @@ def mlp_parameters(config: ModelConfig) -> dict[str, Parameter]:
 def mlp(parameters: dict[str, Array], x: Hidden, config: ModelConfig) -> Hidden:
     """The dense MLP: `w_out(activation(w_in(x)))`, in the compute dtype."""
     dtype = jnp.dtype(config.compute_dtype)
-    hidden = activate(project(x, parameters["w_in"], dtype), config.mlp.activation)
+    hidden = activate(keep(project(x, parameters["w_in"], dtype)), config.mlp.activation)
     return project(hidden, parameters["w_out"], dtype)

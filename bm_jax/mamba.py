@@ -10,7 +10,7 @@ from jax import Array
 
 from bm_jax.config import ModelConfig
 from bm_jax.initialization import Parameter, inverse_softplus_step, linear, log_state_index, ones
-from bm_jax.layers import Context, project, rms_norm
+from bm_jax.layers import Context, keep, project, rms_norm
 from bm_jax.sequence_parallel import causal_conv, selective_scan
 from bm_jax.shapes import Hidden
 
@@ -63,7 +63,7 @@ def mamba(
         taps = jnp.where(context.continues[:, None, None], cache["conv"], 0)
         state = jnp.where(context.continues[:, None, None], cache["state"], 0)
 
-    xz = project(x, parameters["in_proj"], dtype)
+    xz = keep(project(x, parameters["in_proj"], dtype))
     u, z = xz[:, :, 0], xz[:, :, 1]
     with jax.named_scope("conv"):
         weight, bias = parameters["conv_weight"].astype(dtype), parameters["conv_bias"].astype(dtype)
@@ -73,7 +73,7 @@ def mamba(
             assert first_taps is not None
             taps = _taps_after(first_taps, before, context.lengths)
         u = jax.nn.silu(u)
-    low_rank, B, C = jnp.split(project(u, parameters["x_proj"], dtype), [R, R + N], axis=-1)
+    low_rank, B, C = jnp.split(keep(project(u, parameters["x_proj"], dtype)), [R, R + N], axis=-1)
     if config.mamba.inner_norms:
         low_rank = rms_norm(low_rank, parameters["dt_norm"], config.norm_eps)
         B = rms_norm(B, parameters["B_norm"], config.norm_eps)
@@ -95,7 +95,7 @@ def mamba(
             initial_state=state,
             segment_ids=context.segment_ids,
         )
-    y = project(y, parameters["out_proj"], dtype)
+    y = project(keep(y), parameters["out_proj"], dtype)
     return y, None if cache is None else {"conv": taps, "state": state}
 
 

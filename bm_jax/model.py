@@ -20,12 +20,13 @@ from bm_jax.attention import attention, attention_parameters
 from bm_jax.cache import Cache
 from bm_jax.config import ModelConfig
 from bm_jax.initialization import Parameter, normal, ones, zeros
-from bm_jax.layers import Context, layer_norm, mlp, mlp_parameters, project, rms_norm
+from bm_jax.layers import KEPT, Context, keep, layer_norm, mlp, mlp_parameters, project, rms_norm
 from bm_jax.mamba import mamba, mamba_parameters
 from bm_jax.moe import moe, moe_parameters
 from bm_jax.routing import Statistics
 from bm_jax.shapes import Hidden, Logits, SegmentIds, Tokens
 from bm_jax.sharding import constrain
+from pallas_kernels.selective_scan.fused import STARTS
 
 PARAMETERS = {
     "mamba": mamba_parameters,
@@ -71,7 +72,7 @@ class Branch(nn.Module):
                 jittered = self.training and self.config.moe.input_jitter
                 key = self.make_rng("jitter") if jittered else None
                 x, statistics = moe(parameters, x, context, self.config, training=self.training, key=key)
-        return x, cache, statistics
+        return keep(x), cache, statistics
 
 
 class Layer(nn.Module):
@@ -116,7 +117,7 @@ class Period(nn.Module):
 
 
 class Model(nn.Module):
-    """Owner of every parameter. `remat` is what the backward pass recomputes: none, dots (all but products), full."""
+    """Owner of every parameter. `remat` is what the backward pass recomputes, see `RunConfig`."""
 
     config: ModelConfig
     training: bool = False
@@ -144,7 +145,7 @@ class Model(nn.Module):
         residual = constrain(residual, "batch", "sequence", None)
         period = Period
         if self.remat != "none":
-            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if self.remat == "dots" else None
+            policy = jax.checkpoint_policies.save_only_these_names(KEPT, STARTS) if self.remat == "dots" else None
             # Inside a loop nothing can undo the recomputation; where periods are unrolled, XLA could.
             period = nn.remat(Period, policy=policy, prevent_cse=config.scan_unroll > 1)
         periods = nn.scan(

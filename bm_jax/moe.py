@@ -12,7 +12,7 @@ from bm_jax.config import ModelConfig, MoeConfig
 from bm_jax.expert_parallel import apply_experts
 from bm_jax.experts import places
 from bm_jax.initialization import Parameter, linear, zeros
-from bm_jax.layers import Context, hidden_shape
+from bm_jax.layers import Context, hidden_shape, keep
 from bm_jax.routing import Routing, Statistics, jitter, route
 from bm_jax.shapes import Hidden
 from bm_jax.sharding import batch_parts
@@ -60,10 +60,11 @@ def moe(
         inputs = tokens.astype(dtype)
         if key is not None:
             inputs = jitter(inputs.astype(jnp.promote_types(dtype, jnp.float32)), key, config.moe.input_jitter)
-        logits = router_logits(inputs, parameters["router"])
+        logits = keep(router_logits(inputs, parameters["router"]))
         if config.moe.router_bias:
             logits = logits + parameters["router_bias"]
         routing = route(logits, config.moe, training=training, mask=mask, parts=batch_parts(len(x)))
+        routing = routing._replace(index=keep(routing.index))
     with jax.named_scope("experts"):
         capacity = expert_capacity(len(tokens), config.moe) if training else None
         y, dropped = run_experts(parameters, x.astype(dtype), routing, config.moe, mask=mask, capacity=capacity)

@@ -9,8 +9,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.dispatch import Call
+
+STARTS = "selective scan starts"
+"""The name, for policies of `jax.checkpoint`, of what the backward kernel needs that the forward one makes."""
 
 
 class Inputs(NamedTuple):
@@ -43,7 +47,7 @@ def differentiable(forward: Callable, backward: Callable) -> Callable:
 
     def scan_forward(inputs: Inputs, dt_softplus: bool):
         y, final, starts = forward(inputs, dt_softplus, True)
-        return (y, final), (inputs, starts)
+        return (y, final), (inputs, checkpoint_name(starts, STARTS))
 
     def scan_backward(dt_softplus: bool, residuals, cotangents):
         inputs, starts = residuals
