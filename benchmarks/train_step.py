@@ -39,7 +39,7 @@ from bm_jax.train_step import init_state, make_train_step, state_shardings
 
 PARTS = {
     "optimizer": r"/optimizer/",
-    "unembedding and loss": r"/(loss|unembedding)/",
+    "unembedding and loss": r"[/(](loss|unembedding)[/)]",
     "scan": r"/mamba/.*\bscan/",
     "conv": r"/mamba/.*\bconv/",
     "projections": r"/mamba/",
@@ -47,6 +47,7 @@ PARTS = {
     "dispatch": r"/experts/.*\bdispatch/",
     "experts": r"/experts/|/mlp/",
     "attention": r"/attention/",
+    "stacks over depth": r"dynamic_update_index_in_dim|/broadcast_in_dim$",
     "norms and residual": r"/(moe|periods|Model)[/.]",
 }
 """Regular expressions of the operations' names, the first one that matches counts."""

@@ -84,6 +84,8 @@ def _grouped_products(
         order = keep(inverse(place))
         sorted_rows = take_rows(rows, order, place)
     hidden = grouped_matmul(sorted_rows, w_in.reshape(*w_in.shape[:2], -1), group_sizes)
+    # Without the barrier, where it is stacked over a loop's turns, XLA computes the product once more for the stack.
+    hidden = lax.optimization_barrier(hidden)
     hidden = activate(keep(hidden).reshape(-1, *w_in.shape[2:]), activation)
     out = grouped_matmul(hidden, w_out, group_sizes)
     with jax.named_scope("dispatch"):

@@ -7,5 +7,5 @@ config = Config(
     model=ModelConfig(layers=("mamba", "moe"), repeats=15, vocab_size=50304, width=1152, moe=MoeConfig(experts=8, width=3072)),
     data=DataConfig(sequence_length=2048, batch_size=8),
     optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=500),
-    run=RunConfig(directory="runs/blackmamba_340m_1p5b", steps=20_000, checkpoint_every=1000, eval_every=1000),
+    run=RunConfig(directory="runs/blackmamba_340m_1p5b", steps=20_000, remat="dots", checkpoint_every=1000, eval_every=1000),
 )

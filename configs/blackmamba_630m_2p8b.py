@@ -7,5 +7,5 @@ config = Config(
     model=ModelConfig(layers=("mamba", "moe"), repeats=18, vocab_size=50304, width=1472, moe=MoeConfig(experts=8, width=3872)),
     data=DataConfig(sequence_length=2048, batch_size=8),
     optimizer=OptimizerConfig(learning_rate=8e-4, warmup_steps=500),
-    run=RunConfig(directory="runs/blackmamba_630m_2p8b", steps=20_000, remat="full", checkpoint_every=1000, eval_every=1000),
+    run=RunConfig(directory="runs/blackmamba_630m_2p8b", steps=20_000, remat="dots", checkpoint_every=1000, eval_every=1000),
 )
