@@ -5,16 +5,21 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import shlex
+import signal
 import sys
 from pathlib import Path
 
+import jax
 import tyro
 
 import configs
 from bm_jax.checkpoint import CheckpointError, RunDirectoryError
 from bm_jax.config import Config, ConfigError
 from bm_jax.model_directory import read_config
+from bm_jax.processes import connect, is_first, leave
 from bm_jax.train import NonFiniteError, fit
+
+PROCESS_FLAGS = ("--coordinator", "--processes", "--process")
 
 
 def parse(arguments: list[str]) -> Config:
@@ -27,6 +32,8 @@ def parse(arguments: list[str]) -> Config:
         name, *arguments = arguments
     start = argparse.ArgumentParser(prog="train.py", add_help=False, allow_abbrev=False)
     start.add_argument("--init-from", metavar="DIR")
+    for flag in PROCESS_FLAGS:  # taken by `main`
+        start.add_argument(flag)
     options, arguments = start.parse_known_args(arguments)
     default = configs.load(name)
     if options.init_from is not None:
@@ -47,25 +54,50 @@ def main() -> int:
     """Run; errors of the user's making end in one clear message and status 1."""
     try:
         config = parse(sys.argv[1:])
+        join(sys.argv[1:])
         result = fit(config)
     except (ConfigError, RunDirectoryError, CheckpointError, NonFiniteError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return failed(f"error: {error}")
     except OSError as error:
-        print(
-            f"error: {error}. Checkpoints already saved are intact; run the same command again once this is fixed.",
-            file=sys.stderr,
+        return failed(f"error: {error}. Checkpoints already saved are intact; run the same command again once this is fixed.")
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        reason = str(error).strip().splitlines()[0][:300]
+        return failed(
+            f"error: process {jax.process_index()} of {jax.process_count()} lost another one, or a device failed: {reason}\n"
+            "Start all processes again with the same command: the run goes on from its last checkpoint."
         )
-        return 1
     except KeyboardInterrupt:
         print("\nStopped; the same command goes on from the last checkpoint.", file=sys.stderr)
         return 130
+    if not is_first():
+        return 0
     arguments = sys.argv[1:]
     if result.finished:
         print(f'Generate: python -m bm_jax.generate {shlex.quote(config.run.directory)} --prompt "..."')
         arguments = with_steps(arguments, 2 * max(config.run.steps, result.step))
     print(f"Continue: {shlex.join(['python', sys.argv[0], *arguments])}")
-    return 0 if result.finished else 130
+    # Who sends SIGTERM asks for an orderly end, and got it.
+    return 0 if result.finished or result.interrupted_by == signal.SIGTERM else 130
+
+
+def join(arguments: list[str]) -> None:
+    """Join the other processes of the run, see `bm_jax.processes.connect`."""
+    parser = argparse.ArgumentParser(prog="train.py", add_help=False, allow_abbrev=False)
+    parser.add_argument("--coordinator")
+    parser.add_argument("--processes", type=int)
+    parser.add_argument("--process", type=int)
+    options, _ = parser.parse_known_args(arguments)
+    connect(options.coordinator, options.processes, options.process)
+
+
+def failed(message: str) -> int:
+    """Say so; one of several processes ends at once."""
+    if jax.distributed.is_initialized() and jax.process_count() > 1:
+        leave(message)
+    print(message, file=sys.stderr)
+    return 1
 
 
 def with_steps(arguments: list[str], steps: int) -> list[str]:

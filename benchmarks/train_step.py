@@ -201,8 +201,8 @@ def floor_seconds(config: Config, tokens: int, bandwidth: float, peak: float) ->
     moved = lambda numbers: 2 * tokens * numbers / bandwidth  # noqa: E731
     gated = 3 if "glu" in moe.activation else 2
     floors = {
-        # parameters, gradients and two moments read, all but gradients written; the norm reads gradients once more
-        "optimizer": count_parameters(model).total * 4 * (4 + 3 + 1) / bandwidth,
+        # parameters, gradients and two moments read, all but gradients written
+        "optimizer": count_parameters(model).total * 4 * (4 + 3) / bandwidth,
         "unembedding and loss": products(2 * M * model.vocab_size),
         "projections": mamba * products(2 * E * (3 * M + 2 * R + 2 * N)),
         # u, z, dt (of 4 bytes) in, y out; backward those and dy in, three gradients out

@@ -40,6 +40,7 @@ import orbax.checkpoint as ocp
 
 from bm_jax.array_files import read_arrays, save_arguments
 from bm_jax.leaves import CheckpointError, bytes_of, describe, is_disk_full, leaves_of, nest, placed, require_same
+from bm_jax.processes import from_first, is_first
 from bm_jax.sealed_folder import problem_with, publish, remove_folder, seal
 
 PARTIAL = ".partial"
@@ -143,19 +144,18 @@ class Checkpoints:
             CheckpointError: the previous save failed; the disk has too little room; the step exists already; the folder
                 cannot be written. Earlier checkpoints are intact in each case.
         """
-        if jax.process_count() > 1:
-            raise NotImplementedError("saving from several processes is not supported yet")
         self.wait()
-        if step in self.steps():
+        if is_first() and step in self.steps():
             raise CheckpointError(f"{self.directory} already has a checkpoint of step {step}; it was not overwritten.")
         leaves = leaves_of(state)
         # No name is used twice: after an error Orbax may leave writes running, and they must not meet the next attempt.
         partial = self.directory / f"{step}{PARTIAL}-{next(self._attempts)}"
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            self._remove_leftovers()
-            self._require_space(step, sum(bytes_of(leaf) for leaf in leaves.values()))
-            _write_json(partial, leaves=describe(leaves), data_state=data_state, config=config)
+            if is_first():  # the others wait for it in Orbax
+                self.directory.mkdir(parents=True, exist_ok=True)
+                self._remove_leftovers()
+                self._require_space(step, sum(bytes_of(leaf) for leaf in leaves.values()))
+                _write_json(partial, leaves=describe(leaves), data_state=data_state, config=config)
             # One for each save: after an error it would raise that again at the next one.
             checkpointer = ocp.AsyncCheckpointer(
                 ocp.StandardCheckpointHandler(),
@@ -190,16 +190,9 @@ class Checkpoints:
                 or dtypes differ from `abstract_state`. Nothing is changed on disk then.
         """
         self.wait()
+        step = from_first(lambda: self._choose(step), (CheckpointError,))
         if step is None:
-            step, damaged = _newest_good(self.directory)
-            if step is None:
-                return None
-            for bad in damaged:
-                _set_aside(self.directory / str(bad))
-        else:
-            problem = problem_with(self.directory / str(step))
-            if problem:
-                raise CheckpointError(f"checkpoint {self.directory / str(step)} cannot be read: {problem}.")
+            return None
         folder = self.directory / str(step)
         wanted = leaves_of(abstract_state)
         require_same(folder, _read_json(folder, "leaves"), describe(wanted))
@@ -207,10 +200,25 @@ class Checkpoints:
         state = jax.tree.unflatten(jax.tree.structure(abstract_state), [values[path] for path in wanted])
         return Restored(step, state, _read_json(folder, "data_state"), _read_json(folder, "config"))
 
+    def _choose(self, step: int | None) -> int | None:
+        """The step that `restore` reads, None for none; damaged ones after it are set aside."""
+        if step is None:
+            step, damaged = _newest_good(self.directory)
+            for bad in damaged if step is not None else ():
+                _set_aside(self.directory / str(bad))
+            return step
+        problem = problem_with(self.directory / str(step))
+        if problem:
+            good = ", ".join(map(str, self.steps())) or "none"
+            raise CheckpointError(f"checkpoint {self.directory / str(step)} cannot be read: {problem}. There are: {good}.")
+        return step
+
     def _finish(self, step: int, partial: Path, checkpointer: ocp.AsyncCheckpointer) -> None:
         """In the background: wait for Orbax, seal and publish the checkpoint, delete those no longer kept."""
         try:
-            checkpointer.close()
+            checkpointer.close()  # every process has written its part when it returns in the first
+            if not is_first():
+                return
             seal(partial)
             publish(partial, self.directory / str(step))
         except Exception as error:
@@ -226,6 +234,8 @@ class Checkpoints:
 
     def _failed(self, step: int, error: Exception) -> CheckpointError:
         """The error of a failed save of `step`, after removing its partial folder."""
+        if not is_first():
+            return CheckpointError(f"saving step {step} failed: {error}")
         self._remove_leftovers()
         time.sleep(0.2)  # a write that Orbax left running may have made the folder anew
         self._remove_leftovers()

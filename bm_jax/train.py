@@ -13,6 +13,7 @@ the data position and the random keys are functions of the step alone.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import math
@@ -25,6 +26,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from bm_jax.checkpoint import Checkpoints, lock_run_directory
 from bm_jax.config import Config, ConfigError, to_dict
@@ -35,6 +37,7 @@ from bm_jax.loss import LossSums
 from bm_jax.metrics import MetricsWriter, ProgressBar, device_peak_flops, model_flops_per_token, read_metrics
 from bm_jax.model import count_parameters
 from bm_jax.optimizer import make_optimizer
+from bm_jax.processes import AnyProcess, global_array, is_first, own_rows
 from bm_jax.sharding import BATCH_AXES, batch_sharding, make_mesh, with_shardings
 from bm_jax.train_step import TrainState, init_state, make_eval_step, make_train_step, state_shardings
 
@@ -53,6 +56,8 @@ class Result(NamedTuple):
     """Mean nats a token over the held-out windows of every source, at the last step."""
     sample: str | None
     """Prompt and text generated at the end."""
+    interrupted_by: int | None = None
+    """Number of the signal that stopped it."""
 
 
 def fit(config: Config) -> Result:
@@ -66,31 +71,42 @@ def fit(config: Config) -> Result:
         CheckpointError: checkpoints cannot be read, have another shape, or cannot be written.
         NonFiniteError: training diverged; the last checkpoint is untouched.
     """
-    if jax.process_count() > 1:
-        raise ConfigError("training in several processes is not supported yet; use one process with all its devices")
     tune_allocator()
     directory = Path(config.run.directory)
     mesh = make_mesh(config.mesh)
     _check_batch(config, mesh)
     data = open_data(config.data, config.model.vocab_size)
-    with lock_run_directory(directory), jax.set_mesh(mesh):
+    with lock_run_directory(directory) if is_first() else contextlib.nullcontext(), jax.set_mesh(mesh):
         _check_same_run(config, data, directory)
         run = Run(config, data, mesh)
         keep = {"keep_last": config.run.keep_last, "keep_every": config.run.keep_every}
         with Checkpoints(directory / "checkpoints", **keep) as checkpoints:
             state, position = run.start(checkpoints)
             first = int(state.step)
-            if first < config.run.steps:
+            if first < config.run.steps and is_first():
                 _write_description(config, data, directory)
             with (
-                MetricsWriter(directory, first) as writer,
-                ProgressBar(config.run.steps, first) as bar,
+                MetricsWriter(directory, first) if is_first() else Silent() as writer,
+                ProgressBar(config.run.steps, first) if is_first() else Silent() as bar,
                 Interrupt() as interrupt,
             ):
                 run.announce(bar, first)
                 state = run.train(state, position, checkpoints, writer, bar, interrupt)
                 checkpoints.wait()
-        return run.finish(state)
+        return run.finish(state, interrupt.number)
+
+
+class Silent:
+    """In the place of what writes, in the processes that do not: it takes every call and does nothing."""
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *arguments, **options: None
 
 
 class Run:
@@ -104,9 +120,11 @@ class Run:
         shardings = state_shardings(abstract, optimizer, mesh)
         self.abstract = with_shardings(abstract, shardings)
         self.initialize = jax.jit(initialize, out_shardings=shardings)
-        self.train_step = jax.jit(make_train_step(config, optimizer), donate_argnums=0, out_shardings=(shardings, None))
-        self.eval_step = jax.jit(make_eval_step(config))
+        everywhere = NamedSharding(mesh, PartitionSpec())  # so that every process can read what was measured
+        self.train_step = jax.jit(make_train_step(config, optimizer), donate_argnums=0, out_shardings=(shardings, everywhere))
+        self.eval_step = jax.jit(make_eval_step(config), out_shardings=everywhere)
         self.batch_sharding = batch_sharding(mesh)
+        self.first_row, self.rows = own_rows(self.batch_sharding, (config.data.batch_size, config.data.sequence_length + 1))
         self.last_validation: tuple[int, float | None] = (-1, None)
 
     def start(self, checkpoints: Checkpoints) -> tuple[TrainState, dict[str, Any] | None]:
@@ -142,14 +160,16 @@ class Run:
         interrupt: Interrupt,
     ) -> TrainState:
         """Step until the end or an interrupt. What step k - 1 measured is fetched while step k runs."""
-        run, batches = self.config.run, self.data.train_batches()
+        run, size = self.config.run, self.config.data.batch_size
+        batches = self.data.train_batches(process_index=self.first_row // self.rows, process_count=size // self.rows)
+        any_process = AnyProcess(self.mesh)
         if position is not None:
             batches.set_state(position)
         rates = self._rates(time.perf_counter())
         waiting: tuple[int, dict[str, Any]] | None = None
         saved = step = int(state.step)
-        while step < run.steps and not interrupt:
-            batch = self._place(next(batches))
+        while step < run.steps and not any_process(bool(interrupt)):
+            batch = self._place(next(batches), self.first_row)
             step += 1
             row: dict[str, Any] = {}
             if step % run.report_every == 0 or step == run.steps:
@@ -174,8 +194,10 @@ class Run:
             self._save(checkpoints, state, step, batches)
         return state
 
-    def _place(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        return jax.device_put(batch, self.batch_sharding)
+    def _place(self, batch: dict[str, np.ndarray], first_row: int = 0) -> dict[str, jax.Array]:
+        """A batch of which this process has all rows, or those from `first_row` on, on the devices of all."""
+        total = self.config.data.batch_size
+        return {name: global_array(rows, first_row, total, self.batch_sharding) for name, rows in batch.items()}
 
     def _save(self, checkpoints: Checkpoints, state: TrainState, step: int, batches: Any) -> None:
         checkpoints.save(step, state, data_state=batches.get_state(), config=to_dict(self.config))
@@ -233,14 +255,19 @@ class Run:
             losses |= {f"validation_loss/{name}": _mean(sums) for name, sums in totals.items()}
         return losses
 
-    def finish(self, state: TrainState) -> Result:
+    def finish(self, state: TrainState, interrupted_by: int | None) -> Result:
         """Draw the pictures and generate a sample."""
         config, directory = self.config, Path(self.config.run.directory)
         step = int(state.step)
         finished = step >= config.run.steps
+        measured, loss = self.last_validation
+        if finished and measured != step:  # nothing was left to train
+            loss = self.validate(state, step).get("validation_loss")
+        if not is_first():
+            return Result(step, finished, loss if finished else None, None, interrupted_by)
         if not finished:
             print(f"\nStopped after step {step}; the checkpoint is saved.")
-            return Result(step, False, None, None)
+            return Result(step, False, None, None, interrupted_by)
         from bm_jax.plots import plot_expert_load, plot_losses
 
         metrics = read_metrics(directory)
@@ -249,10 +276,7 @@ class Run:
         if "moe" in config.model.kinds:
             plot_expert_load(metrics, directory / "expert_load.png")
             pictures.append(directory / "expert_load.png")
-        measured, loss = self.last_validation
-        if measured != step:  # nothing was left to train
-            loss = self.validate(state, step).get("validation_loss")
-        sample = self._sample(state)
+        sample = self._sample(state) if jax.process_count() == 1 else None  # others' parameters are not here
         if sample:
             print(f"\nSample, after the opening of a held-out document:\n{'-' * 72}\n{sample}\n{'-' * 72}")
         if loss is not None:
@@ -294,11 +318,12 @@ class Interrupt:
     """
 
     def __init__(self) -> None:
-        self._asked = False
+        self.number: int | None = None
+        """Of the signal."""
         self._previous: dict[int, Any] = {}
 
     def __bool__(self) -> bool:
-        return self._asked
+        return self.number is not None
 
     def __enter__(self) -> Interrupt:
         if threading.current_thread() is threading.main_thread():
@@ -310,9 +335,9 @@ class Interrupt:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def _ask(self, number: int, frame: object) -> None:
-        if self._asked and number == signal.SIGINT:
+        if self.number is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self._asked = True
+        self.number = number
 
 
 def _check_batch(config: Config, mesh: jax.sharding.Mesh) -> None:

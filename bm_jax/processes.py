@@ -1,0 +1,150 @@
+"""Several processes that train one model together: finding each other, agreeing, and ending when one of them is gone."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from bm_jax.config import ConfigError
+
+HEARTBEAT_SECONDS = 10
+"""A process that is silent for so long counts as gone, which ends all others."""
+VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+LOCAL_DEVICES = "JAX_LOCAL_DEVICE_IDS"
+
+T = TypeVar("T")
+
+
+def connect(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:
+    """Join the other processes, if there are any; call it before anything uses a device.
+
+    Where the arguments are None they are read from the environment: `JAX_COORDINATOR_ADDRESS` (HOST:PORT, a port of process
+    0's host), `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`, with `JAX_LOCAL_DEVICE_IDS` (as 0,1) for a process that is not to
+    have all devices of its host. Without those, a step of several SLURM tasks and a slice of several TPU hosts are found by
+    jax itself. Otherwise there is one process and nothing to do.
+
+    Raises:
+        ConfigError: some of the three are missing or wrong, or the others could not be reached in five minutes.
+    """
+    given = [coordinator, processes, process]
+    values = [os.environ.get(name) if value is None else str(value) for name, value in zip(VARIABLES, given, strict=True)]
+    options: dict[str, Any] = {}
+    if any(value is not None for value in values):
+        missing = [name for name, value in zip(VARIABLES, values, strict=True) if not value]
+        if missing:
+            raise ConfigError(f"several processes need {', '.join(VARIABLES)} or their flags; there is no {', '.join(missing)}")
+        address, total, own = map(str, values)
+        if not (total.isdecimal() and own.isdecimal() and int(own) < int(total)):
+            raise ConfigError(f"JAX_NUM_PROCESSES is {total!r}, JAX_PROCESS_ID {own!r}: the second must be below the first")
+        if not address.rpartition(":")[0] or not address.rpartition(":")[2].isdecimal():
+            raise ConfigError(f"JAX_COORDINATOR_ADDRESS must be HOST:PORT, got {address!r}")
+        local = os.environ.get(LOCAL_DEVICES)
+        if local is not None and not all(part.isdecimal() for part in local.split(",")):
+            raise ConfigError(f"{LOCAL_DEVICES} must be numbers with commas between them, got {local!r}")
+        options = {"coordinator_address": address, "num_processes": int(total), "process_id": int(own)}
+        options |= {"local_device_ids": [int(part) for part in local.split(",")]} if local is not None else {}
+    elif not in_a_cluster(os.environ):
+        return
+    try:
+        jax.distributed.initialize(**options, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(f"the processes of this run could not find each other: {error}") from error
+
+
+def in_a_cluster(environment: Mapping[str, str]) -> bool:
+    """Whether this is one of several SLURM tasks or TPU hosts, by what starts them put in the environment."""
+    tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
+    return (tasks.isdecimal() and int(tasks) > 1) or "," in environment.get("TPU_WORKER_HOSTNAMES", "")
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes what there is one of: it has number 0."""
+    return jax.process_index() == 0
+
+
+def from_first(make: Callable[[], T], errors: tuple[type[Exception], ...] = ()) -> T:
+    """What `make` returns in process 0, a JSON value, in every process; one of these `errors` is raised in every process."""
+    if jax.process_count() == 1:
+        return make()
+    said: dict[str, Any] = {}
+    if is_first():
+        try:
+            said = {"value": make()}
+        except errors as error:
+            said = {"error": errors.index(type(error)) if type(error) in errors else 0, "message": str(error)}
+    text = json.dumps(said).encode()
+    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
+    sent = np.frombuffer(text.ljust(length)[:length], np.uint8)
+    heard = json.loads(bytes(np.asarray(multihost_utils.broadcast_one_to_all(sent), np.uint8)))
+    if "error" in heard:
+        raise errors[heard["error"]](heard["message"])
+    return heard["value"]
+
+
+class AnyProcess:
+    """Whether any process asked for something, known to all of them at the same call: that after the asking, or later.
+
+    All processes call it as often. What is sent at one call is read at the next, so that nobody waits.
+    """
+
+    def __init__(self, mesh: Mesh) -> None:
+        self._sharding = NamedSharding(Mesh(mesh.devices.reshape(-1), ("device",)), PartitionSpec("device"))
+        self._largest = jax.jit(jnp.max, out_shardings=NamedSharding(self._sharding.mesh, PartitionSpec()))
+        self._sent: Array | None = None
+
+    def __call__(self, asked: bool) -> bool:
+        if jax.process_count() == 1:
+            return asked
+        before, shape = self._sent, (self._sharding.mesh.size,)
+        self._sent = self._largest(jax.make_array_from_callback(shape, self._sharding, lambda _: np.full(1, asked)))
+        return before is not None and bool(before)
+
+
+def global_array(rows: np.ndarray, first: int, total: int, sharding: NamedSharding) -> Array:
+    """The array `[total, ...]` of which this process has `rows`, from row `first` on: all that its devices need."""
+    shape = (total, *rows.shape[1:])
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        start, stop, _ = index[0].indices(total)
+        return rows[(slice(start - first, stop - first), *index[1:])]
+
+    return jax.make_array_from_callback(shape, sharding, part)
+
+
+def own_rows(sharding: NamedSharding, shape: tuple[int, ...]) -> tuple[int, int]:
+    """First row, and the number of rows, that the devices of this process have of an array of this shape.
+
+    Raises:
+        ConfigError: they are not an equal share of consecutive rows.
+    """
+    parts = [index[0].indices(shape[0])[:2] for index in sharding.addressable_devices_indices_map(shape).values() if index]
+    if not parts:
+        raise ConfigError(
+            f"no device of process {jax.process_index()} is in the mesh, which has {sharding.mesh.size} of the "
+            f"{jax.device_count()} devices; give it all of them, as with --mesh.data -1"
+        )
+    first, last = min(start for start, _ in parts), max(stop for _, stop in parts)
+    rows = last - first
+    if shape[0] % rows or first % rows or len({row for start, stop in parts for row in range(start, stop)}) != rows:
+        raise ConfigError(
+            f"process {jax.process_index()} would have the rows {first} to {last} of {shape[0]}, which is no equal share: let "
+            "the mesh axes data, fsdp and expert split the batch over whole processes"
+        )
+    return first, rows
+
+
+def leave(message: str) -> NoReturn:
+    """End this process now, with status 1, so that the others learn of it: the usual end would wait for them."""
+    print(message, file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(1)
