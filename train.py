@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import inspect
 import shlex
 import signal
 import sys
@@ -19,8 +20,6 @@ from bm_jax.model_directory import read_config
 from bm_jax.processes import connect, is_first, leave
 from bm_jax.train import NonFiniteError, fit
 
-PROCESS_FLAGS = ("--coordinator", "--processes", "--process")
-
 
 def parse(arguments: list[str]) -> Config:
     """The configuration that the command line asks for; the default preset when it names none.
@@ -30,16 +29,13 @@ def parse(arguments: list[str]) -> Config:
     name = "default"
     if arguments and not arguments[0].startswith("-"):
         name, *arguments = arguments
-    start = argparse.ArgumentParser(prog="train.py", add_help=False, allow_abbrev=False)
-    start.add_argument("--init-from", metavar="DIR")
-    for flag in PROCESS_FLAGS:  # taken by `main`
-        start.add_argument(flag)
-    options, arguments = start.parse_known_args(arguments)
+    options, arguments = own_parser().parse_known_args(arguments)
     default = configs.load(name)
     if options.init_from is not None:
         default = started_from(default, options.init_from)
     presets = "\n\n".join(f"- {preset}: {configs.summary(preset)}" for preset in configs.names())
-    description = f"{__doc__}\n\nThe fields below are those of the preset {name}. Presets:\n\n{presets}"
+    fields = f"The fields below are those of the preset {name}. Presets:\n\n{presets}"
+    description = f"{__doc__}\n\nBeside the fields: {inspect.getdoc(own_parser)}\n\n{fields}"
     return tyro.cli(Config, default=default, args=arguments, prog="train.py", description=description)
 
 
@@ -54,8 +50,9 @@ def main() -> int:
     """Run; errors of the user's making end in one clear message and status 1."""
     try:
         config = parse(sys.argv[1:])
-        join(sys.argv[1:])
-        result = fit(config)
+        options = own_options(sys.argv[1:])
+        connect(options.coordinator, options.processes, options.process)
+        result = fit(config, resume_from=options.resume_from)
     except (ConfigError, RunDirectoryError, CheckpointError, NonFiniteError) as error:
         return failed(f"error: {error}")
     except OSError as error:
@@ -77,19 +74,26 @@ def main() -> int:
     if result.finished:
         print(f'Generate: python -m bm_jax.generate {shlex.quote(config.run.directory)} --prompt "..."')
         arguments = with_steps(arguments, 2 * max(config.run.steps, result.step))
+    arguments = without(arguments, "--resume-from")
     print(f"Continue: {shlex.join(['python', sys.argv[0], *arguments])}")
     # Who sends SIGTERM asks for an orderly end, and got it.
     return 0 if result.finished or result.interrupted_by == signal.SIGTERM else 130
 
 
-def join(arguments: list[str]) -> None:
-    """Join the other processes of the run, see `bm_jax.processes.connect`."""
+def own_options(arguments: list[str]) -> argparse.Namespace:
+    """What is asked of this start and is no field of the configuration."""
+    return own_parser().parse_known_args(arguments)[0]
+
+
+def own_parser() -> argparse.ArgumentParser:
+    """`--init-from DIR`, `--resume-from STEP` (see `bm_jax.train.fit`), and the other processes (see `bm_jax.processes`)."""
     parser = argparse.ArgumentParser(prog="train.py", add_help=False, allow_abbrev=False)
-    parser.add_argument("--coordinator")
-    parser.add_argument("--processes", type=int)
-    parser.add_argument("--process", type=int)
-    options, _ = parser.parse_known_args(arguments)
-    connect(options.coordinator, options.processes, options.process)
+    parser.add_argument("--init-from", metavar="DIR")
+    parser.add_argument("--resume-from", metavar="STEP", type=int)
+    parser.add_argument("--coordinator", metavar="HOST:PORT")
+    parser.add_argument("--processes", metavar="N", type=int)
+    parser.add_argument("--process", metavar="I", type=int)
+    return parser
 
 
 def failed(message: str) -> int:
@@ -102,11 +106,16 @@ def failed(message: str) -> int:
 
 def with_steps(arguments: list[str], steps: int) -> list[str]:
     """The command line with another `--run.steps`."""
-    kept = []
-    for before, argument in zip(["", *arguments], arguments, strict=False):
-        if argument != "--run.steps" and before != "--run.steps" and not argument.startswith("--run.steps="):
-            kept.append(argument)
-    return [*kept, "--run.steps", str(steps)]
+    return [*without(arguments, "--run.steps"), "--run.steps", str(steps)]
+
+
+def without(arguments: list[str], option: str) -> list[str]:
+    """The command line without an option and its value."""
+    return [
+        argument
+        for before, argument in zip(["", *arguments], arguments, strict=False)
+        if option not in (before, argument) and not argument.startswith(f"{option}=")
+    ]
 
 
 if __name__ == "__main__":

@@ -200,6 +200,12 @@ class Checkpoints:
         state = jax.tree.unflatten(jax.tree.structure(abstract_state), [values[path] for path in wanted])
         return Restored(step, state, _read_json(folder, "data_state"), _read_json(folder, "config"))
 
+    def supersede(self, step: int) -> None:
+        """Rename the checkpoints after `step`, so that the run can save those steps again."""
+        for later in self.steps():
+            if later > step:
+                _set_aside(self.directory / str(later), "superseded")
+
     def _choose(self, step: int | None) -> int | None:
         """The step that `restore` reads, None for none; damaged ones after it are set aside."""
         if step is None:
@@ -322,12 +328,12 @@ def _newest_good(directory: Path) -> tuple[int | None, list[int]]:
     return None, []
 
 
-def _set_aside(folder: Path) -> None:
-    """Rename a damaged checkpoint so that its step can be saved again."""
-    target, count = folder.with_name(f"{folder.name}.corrupt"), 1
+def _set_aside(folder: Path, why: str = "corrupt") -> None:
+    """Rename a checkpoint so that its step can be saved again."""
+    target, count = folder.with_name(f"{folder.name}.{why}"), 1
     while target.exists():
         count += 1
-        target = folder.with_name(f"{folder.name}.corrupt-{count}")
+        target = folder.with_name(f"{folder.name}.{why}-{count}")
     publish(folder, target)
 
 

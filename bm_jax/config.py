@@ -294,8 +294,12 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with a learning-rate schedule; decay skips A_log, D, biases and norms."""
+    """AdamW, or Muon for the matrices, with a learning-rate schedule; decay skips A_log, D, biases and norms."""
 
+    name: Literal["adamw", "muon"] = "adamw"
+    """muon: the matrices of mixers, MLPs and experts by Muon, scaled to updates of AdamW's size, and the rest by AdamW."""
+    first_moment_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the mean gradients (of Muon: its momentum) that the optimizer keeps; bfloat16 saves 2 bytes a parameter."""
     learning_rate: float = 5e-3
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     """cosine: warm-up, then cosine to `final_fraction`. wsd: warm-up, stable, linear decay over the last `decay_fraction`."""
@@ -307,8 +311,12 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1
     clip_norm: float = 1.0
+    skip_norm_above: float | None = None
+    """Updates whose gradients' global norm, before clipping, is above this are skipped and counted; None for no limit."""
 
     def __post_init__(self) -> None:
+        _one_of(self, "name", ("adamw", "muon"))
+        _one_of(self, "first_moment_dtype", ("float32", "bfloat16"))
         _one_of(self, "schedule", ("cosine", "wsd", "constant"))
         _finite(self, "learning_rate", "warmup_steps", "weight_decay", "eps")
         for name in ("final_fraction", "decay_fraction"):
@@ -318,6 +326,8 @@ class OptimizerConfig:
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"OptimizerConfig.{name} must lie in [0, 1), got {getattr(self, name)}")
         _finite(self, "clip_norm", above=True)
+        if self.skip_norm_above is not None:
+            _finite(self, "skip_norm_above", above=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -352,7 +362,11 @@ class RunConfig:
     z_loss: float = 0.0
     """Weight of mean(logsumexp(logits)^2)."""
     max_nonfinite_steps: int = 5
-    """Consecutive updates skipped for a non-finite loss or gradient before the run stops with an error."""
+    """Consecutive updates skipped for a non-finite or too large loss or gradient before the run stops, or goes back."""
+    rewinds: int = 0
+    """How often, instead of stopping so, it goes back to its last checkpoint and leaves out the data read since."""
+    profile_steps: int = 0
+    """Steps to profile, from the third one after the start on, into the folder `profile` of the run directory."""
     report_every: int = 20
     """Steps between reported losses (computed with inference routing)."""
     eval_every: int = 250
@@ -372,7 +386,7 @@ class RunConfig:
             "checkpoint_every", "keep_last",
         )  # fmt: skip
         _one_of(self, "remat", ("none", "dots", "full"))
-        _finite(self, "z_loss", "sample_tokens")
+        _finite(self, "z_loss", "sample_tokens", "rewinds", "profile_steps")
         _seed(self)
         if self.keep_every is not None:
             _positive(self, "keep_every")

@@ -126,6 +126,12 @@ class MetricsWriter:
         self._file.flush()
         os.fsync(self._file.fileno())
 
+    def rewind(self, step: int) -> None:
+        """Drop what was written after `step`: the run goes on from there."""
+        directory = self.path.parent
+        self.close()
+        self.__init__(directory, step)
+
     def close(self) -> None:
         """Flush and close both files."""
         try:

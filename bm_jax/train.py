@@ -37,13 +37,18 @@ from bm_jax.loss import LossSums
 from bm_jax.metrics import MetricsWriter, ProgressBar, device_peak_flops, model_flops_per_token, read_metrics
 from bm_jax.model import count_parameters
 from bm_jax.optimizer import make_optimizer
-from bm_jax.processes import AnyProcess, global_array, is_first, own_rows
+from bm_jax.processes import AnyProcess, from_first, global_array, is_first, own_rows
 from bm_jax.sharding import BATCH_AXES, batch_sharding, make_mesh, with_shardings
 from bm_jax.train_step import TrainState, init_state, make_eval_step, make_train_step, state_shardings
 
+SKIPPED = "skipped_data.jsonl"
+"""In the run directory: the data that each rewind left out, as positions of the data iterator."""
+PROFILE_AFTER = 3
+"""Steps of a start that are not profiled, as the first of them compile."""
+
 
 class NonFiniteError(RuntimeError):
-    """Loss or gradients were not finite for `run.max_nonfinite_steps` steps in a row."""
+    """Loss or gradients were not finite, or too large, for `run.max_nonfinite_steps` steps in a row."""
 
 
 class Result(NamedTuple):
@@ -60,10 +65,11 @@ class Result(NamedTuple):
     """Number of the signal that stopped it."""
 
 
-def fit(config: Config) -> Result:
+def fit(config: Config, *, resume_from: int | None = None) -> Result:
     """Train until `config.run.steps`, from the newest checkpoint of the run directory if there is one.
 
-    SIGINT and SIGTERM save a checkpoint after the current step and return.
+    SIGINT and SIGTERM save a checkpoint after the current step and return. With `resume_from` the run goes back to its
+    checkpoint of that step: later ones are set aside as `STEP.superseded`, and what was measured after it is dropped.
 
     Raises:
         ConfigError: the configuration does not fit the devices, the data, or the run that the directory holds.
@@ -81,7 +87,7 @@ def fit(config: Config) -> Result:
         run = Run(config, data, mesh)
         keep = {"keep_last": config.run.keep_last, "keep_every": config.run.keep_every}
         with Checkpoints(directory / "checkpoints", **keep) as checkpoints:
-            state, position = run.start(checkpoints)
+            state, position = run.start(checkpoints, resume_from)
             first = int(state.step)
             if first < config.run.steps and is_first():
                 _write_description(config, data, directory)
@@ -126,10 +132,13 @@ class Run:
         self.batch_sharding = batch_sharding(mesh)
         self.first_row, self.rows = own_rows(self.batch_sharding, (config.data.batch_size, config.data.sequence_length + 1))
         self.last_validation: tuple[int, float | None] = (-1, None)
+        self.last_state: TrainState | None = None
 
-    def start(self, checkpoints: Checkpoints) -> tuple[TrainState, dict[str, Any] | None]:
-        """The state to go on from and the data position, from the newest checkpoint or from the start."""
-        restored = checkpoints.restore(self.abstract)
+    def start(self, checkpoints: Checkpoints, step: int | None = None) -> tuple[TrainState, dict[str, Any] | None]:
+        """The state to go on from and the data position, from the checkpoint of `step`, the newest one, or the start."""
+        restored = checkpoints.restore(self.abstract, step)
+        if restored is not None and step is not None:
+            from_first(lambda: checkpoints.supersede(step))
         if restored is None:
             state = self.initialize()
             if self.config.run.init_from is not None:
@@ -159,12 +168,47 @@ class Run:
         bar: ProgressBar,
         interrupt: Interrupt,
     ) -> TrainState:
-        """Step until the end or an interrupt. What step k - 1 measured is fetched while step k runs."""
-        run, size = self.config.run, self.config.data.batch_size
+        """Step until the end or an interrupt; after a divergence go back as often as `run.rewinds` allows."""
+        size, rewinds = self.config.data.batch_size, self.config.run.rewinds
         batches = self.data.train_batches(process_index=self.first_row // self.rows, process_count=size // self.rows)
-        any_process = AnyProcess(self.mesh)
         if position is not None:
             batches.set_state(position)
+        while True:
+            try:
+                return self._train(state, batches, checkpoints, writer, bar, interrupt)
+            except NonFiniteError as error:
+                checkpoints.wait()
+                if not rewinds or from_first(checkpoints.latest_step) is None:
+                    raise
+                reason = str(error)
+            rewinds -= 1
+            jax.tree.map(lambda leaf: leaf.delete(), self.last_state)  # no room for both may be left
+            state, position = self.start(checkpoints)
+            self._log_skipped(int(state.step), position, batches.get_state(), reason, bar)
+            writer.rewind(int(state.step))
+
+    def _log_skipped(
+        self, step: int, before: dict[str, Any] | None, after: dict[str, Any], reason: str, bar: ProgressBar
+    ) -> None:
+        """Say which data are left out by going back to `step`, in the run directory too."""
+        bar.message(f"{reason}\nGone back to step {step}; the data read since then are skipped ({SKIPPED} says which).")
+        if is_first():
+            line = {"back_to_step": step, "data_from": before, "data_to": after, "reason": reason}
+            with open(Path(self.config.run.directory) / SKIPPED, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def _train(
+        self,
+        state: TrainState,
+        batches: Any,
+        checkpoints: Checkpoints,
+        writer: MetricsWriter,
+        bar: ProgressBar,
+        interrupt: Interrupt,
+    ) -> TrainState:
+        """Step until the end or an interrupt. What step k - 1 measured is fetched while step k runs."""
+        run, any_process = self.config.run, AnyProcess(self.mesh)
+        profile = Profile(Path(run.directory) / "profile", int(state.step) + PROFILE_AFTER, run.profile_steps)
         rates = self._rates(time.perf_counter())
         waiting: tuple[int, dict[str, Any]] | None = None
         saved = step = int(state.step)
@@ -174,7 +218,9 @@ class Run:
             row: dict[str, Any] = {}
             if step % run.report_every == 0 or step == run.steps:
                 row = self._report(state, batch)
-            state, metrics = self.train_step(state, batch)
+            with profile.around(step):
+                state, metrics = self.train_step(state, batch)
+            self.last_state = state
             if waiting is not None:
                 self._write(*waiting, writer, bar, next(rates))
             waiting = step, metrics | row
@@ -187,6 +233,7 @@ class Run:
                 writer.sync()
                 self._save(checkpoints, state, step, batches)
                 saved = step
+        profile.stop()
         if waiting is not None:
             self._write(*waiting, writer, bar, next(rates))
         if step > saved:
@@ -235,7 +282,8 @@ class Run:
         limit = self.config.run.max_nonfinite_steps
         if in_row >= limit:
             raise NonFiniteError(
-                f"the loss or gradient was not finite for {in_row} steps in a row (step {step - in_row + 1} to {step}, "
+                f"the loss or gradient was not finite, or larger than optimizer.skip_norm_above, for {in_row} steps in a row "
+                f"(step {step - in_row + 1} to {step}, "
                 f"last objective {row['objective']}); those updates were skipped. Lower optimizer.learning_rate, or look "
                 "at the data of these steps. The last checkpoint is untouched."
             )
@@ -309,6 +357,29 @@ def _total(sums: Iterable[LossSums]) -> LossSums:
 def _mean(sums: LossSums) -> float:
     """Nats a token."""
     return np.asarray(sums.nll).item() / max(np.asarray(sums.tokens).item(), 1)
+
+
+class Profile:
+    """A profile of some steps, in the files that TensorBoard's profiler and XProf open."""
+
+    def __init__(self, directory: Path, first: int, steps: int) -> None:
+        self._directory, self._first, self._end = directory, first, first + steps
+        self._running = False
+
+    def around(self, step: int) -> contextlib.AbstractContextManager[Any]:
+        """To be entered for each step, with its number."""
+        if self._first <= step < self._end and not self._running:
+            jax.profiler.start_trace(str(self._directory))
+            self._running = True
+        elif step >= self._end:
+            self.stop()
+        return jax.profiler.StepTraceAnnotation("train", step_num=step)
+
+    def stop(self) -> None:
+        """Write what was recorded, if anything was."""
+        if self._running:
+            self._running = False
+            jax.profiler.stop_trace()
 
 
 class Interrupt:

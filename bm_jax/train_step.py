@@ -48,8 +48,14 @@ def state_shardings(abstract: TrainState, optimizer: optax.GradientTransformatio
     """NamedShardings for a state: optimizer moments lie where their parameters lie, scalars everywhere."""
     everywhere: Any = NamedSharding(mesh, PartitionSpec())
     params = parameter_shardings(abstract.params, mesh)
+    masked = lambda leaf: isinstance(leaf, optax.MaskedNode)  # noqa: E731 (a parameter that another part of Muon trains)
     opt_state = optax.tree_map_params(
-        optimizer, lambda _, sharding: sharding, abstract.opt_state, params, transform_non_params=lambda _: everywhere
+        optimizer,
+        lambda leaf, sharding: leaf if masked(leaf) else sharding,
+        abstract.opt_state,
+        params,
+        transform_non_params=lambda _: everywhere,
+        is_leaf=masked,
     )
     return TrainState(everywhere, params, opt_state, everywhere, everywhere, everywhere)
 
@@ -59,9 +65,10 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """The pure function (state, batch) -> (state, metrics); jit it with the state donated.
 
-    A non-finite objective or gradient norm leaves parameters and optimizer as they were and is counted. Metrics:
-    `learning_rate`, `objective` (nats a token, as optimized: training routing, z-loss and router losses included), `grad_norm`,
-    `skipped`, `skipped_in_row`, and for models with MoE layers `expert_load_training` and `dropped` per layer.
+    An objective or gradient norm that is not finite, or a norm above `optimizer.skip_norm_above`, leaves parameters and
+    optimizer as they were and is counted. Metrics: `learning_rate`, `objective` (nats a token, as optimized: training routing,
+    z-loss and router losses included), `grad_norm`, `skipped`, `skipped_in_row`, and for models with MoE layers
+    `expert_load_training` and `dropped` per layer.
     """
 
     schedule = learning_rate(config.optimizer, config.run.steps)
@@ -71,7 +78,10 @@ def make_train_step(
         objective, gradients, statistics = _accumulate(state.params, batch, key, config)
         with jax.named_scope("optimizer"):
             grad_norm = optax.tree.norm(gradients)
+            limit = config.optimizer.skip_norm_above
             finite = jnp.isfinite(objective) & jnp.isfinite(grad_norm)
+            if limit is not None:
+                finite &= grad_norm <= limit
 
             def update(params: Parameters, opt_state: Any) -> tuple[Parameters, Any]:
                 updates, opt_state = optimizer.update(gradients, opt_state, params)

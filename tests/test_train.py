@@ -21,7 +21,7 @@ import optax
 import pytest
 import tokenizers
 
-from bm_jax.checkpoint import CheckpointError, RunDirectoryError, lock_run_directory
+from bm_jax.checkpoint import CheckpointError, Checkpoints, RunDirectoryError, lock_run_directory
 from bm_jax.config import (
     Config,
     ConfigError,
@@ -316,6 +316,51 @@ def test_accumulation_equals_one_batch(router):
     assert_close(state.params, other.params, 1e-5)
 
 
+def test_muon_takes_the_matrices_of_every_kind_of_layer():
+    from bm_jax.config import AttentionConfig, MlpConfig
+    from bm_jax.model import init_parameters
+    from bm_jax.optimizer import matrix_axes
+
+    model = dataclasses.replace(
+        TINY.model, layers=("mamba", "attention", "mlp", "moe"), attention=AttentionConfig(heads=4, kv_heads=2),
+        mlp=MlpConfig(width=48, activation="gelu"),
+    )  # fmt: skip
+    shapes = jax.eval_shape(lambda: init_parameters(model, jax.random.key(0)))
+    found = matrix_axes(shapes)
+    sizes = {}
+    for path, axes in jax.tree_util.tree_leaves_with_path(found, is_leaf=lambda x: x is None or hasattr(x, "reduction_axis")):
+        leaf = shapes
+        for entry in path:
+            leaf = leaf[entry.key]
+        if axes is not None:
+            name = f"{path[-2].key}/{path[-1].key}"
+            sizes[name] = tuple(int(np.prod([leaf.shape[a] for a in part])) for part in (axes.reduction_axis, axes.output_axis))
+    M, E, D = 32, 64, 8
+    R = model.dt_rank
+    assert sizes == {
+        "mamba/in_proj": (M, E), "mamba/x_proj": (E, R + 8), "mamba/out_proj": (E, M), "attention/query": (M, 4 * D),
+        "attention/key": (M, 2 * D), "attention/value": (M, 2 * D), "attention/out": (4 * D, M), "mlp/w_in": (M, 48),
+        "mlp/w_out": (48, M), "moe/w_in": (M, 32), "moe/w_out": (32, M),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("optimizer", [{"name": "muon"}, {"first_moment_dtype": "bfloat16"}])
+def test_other_optimizers_train_and_continue(tmp_path, optimizer):
+    """Both lower the loss, and a run of them goes on from a checkpoint bit for bit."""
+    config = dataclasses.replace(TINY, optimizer=dataclasses.replace(TINY.optimizer, schedule="constant", **optimizer))
+    place = lambda name, steps: dataclasses.replace(  # noqa: E731
+        config, run=dataclasses.replace(config.run, directory=str(tmp_path / name), steps=steps)
+    )
+    fit(place("whole", 20))
+    for steps in (10, 20):
+        fit(place("parts", steps))
+    assert [row["objective"] for row in history(tmp_path / "whole")] == [
+        row["objective"] for row in history(tmp_path / "parts")
+    ]
+    rows = history(tmp_path / "whole")
+    assert rows[-1]["objective"] < rows[0]["objective"] - 1
+
+
 @pytest.mark.parametrize("remat", ["dots", "full"])
 def test_remat_changes_nothing(remat):
     other = dataclasses.replace(TINY, run=dataclasses.replace(TINY.run, remat=remat))
@@ -338,6 +383,48 @@ def test_a_non_finite_step_is_skipped_and_counted():
     good, _ = step(after.replace(params=state.params), batch_of(2))
     assert (int(good.step), int(good.skipped), int(good.skipped_in_row)) == (2, 1, 0)
     assert not np.array_equal(good.params["embedding"], state.params["embedding"])
+
+
+def limited(directory: Path, **run) -> Config:
+    """No gradient is small enough."""
+    config = at(directory, **run)
+    return dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, skip_norm_above=1e-9))
+
+
+def test_a_run_goes_back_and_leaves_out_data_as_often_as_it_may(tmp_path):
+    fit(at(tmp_path, steps=10))
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep_last=2)
+    abstract = jax.eval_shape(lambda: init_state(TINY, make_optimizer(TINY.optimizer, 10)))
+    before = checkpoints.restore(abstract)
+    with pytest.raises(NonFiniteError, match="skip_norm_above"):
+        fit(limited(tmp_path, steps=40, rewinds=2, max_nonfinite_steps=3))
+    skipped = [json.loads(line) for line in (tmp_path / "skipped_data.jsonl").read_text().splitlines()]
+    assert [line["back_to_step"] for line in skipped] == [10, 10]
+    # What was learned one step late was read one batch too far, which is left out too.
+    positions = [[line[key]["next_index"] for key in ("data_from", "data_to")] for line in skipped]
+    assert positions == [[10, 14], [10, 18]]
+    after = checkpoints.restore(abstract)
+    assert after.step == 10
+    jax.tree.map(np.testing.assert_array_equal, after.state.params, before.state.params)
+    assert fit(at(tmp_path, steps=15)).finished
+    rows = history(tmp_path)
+    assert [row["step"] for row in rows] == list(range(1, 16))
+    assert rows[-1]["skipped"] == 0
+
+
+def test_a_run_resumed_from_an_earlier_step_trains_as_before(whole, tmp_path):
+    fit(at(tmp_path, keep_last=5))
+    fit(at(tmp_path, keep_last=5), resume_from=20)
+    assert history(tmp_path) == history(whole)
+    folders = {folder.name for folder in (tmp_path / "checkpoints").iterdir()}
+    assert folders == {"10", "20", "30", "40", "30.superseded", "40.superseded"}
+    with pytest.raises(CheckpointError, match=r"checkpoints/15.*There are: 10, 20, 30, 40"):
+        fit(at(tmp_path), resume_from=15)
+
+
+def test_a_profile_of_some_steps_is_written(tmp_path):
+    fit(at(tmp_path, steps=8, profile_steps=2))
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 
 
 def test_too_many_non_finite_steps_stop_the_run(tmp_path):
