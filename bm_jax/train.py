@@ -33,6 +33,7 @@ from bm_jax.config import Config, ConfigError, to_dict
 from bm_jax.data.pipeline import Data, open_data
 from bm_jax.data.shards import write_durably
 from bm_jax.data.tokenizer import load_tokenizer
+from bm_jax.data.watch import DataWatch
 from bm_jax.loss import LossSums
 from bm_jax.metrics import MetricsWriter, ProgressBar, device_peak_flops, model_flops_per_token, read_metrics
 from bm_jax.model import count_parameters
@@ -87,6 +88,8 @@ def fit(config: Config, *, resume_from: int | None = None) -> Result:
         run = Run(config, data, mesh)
         keep = {"keep_last": config.run.keep_last, "keep_every": config.run.keep_every}
         with Checkpoints(directory / "checkpoints", **keep) as checkpoints:
+            if is_first():
+                run.watch.begin()
             state, position = run.start(checkpoints, resume_from)
             first = int(state.step)
             if first < config.run.steps and is_first():
@@ -133,6 +136,7 @@ class Run:
         self.first_row, self.rows = own_rows(self.batch_sharding, (config.data.batch_size, config.data.sequence_length + 1))
         self.last_validation: tuple[int, float | None] = (-1, None)
         self.last_state: TrainState | None = None
+        self.watch = DataWatch(data.files(), Path(config.run.directory))
 
     def start(self, checkpoints: Checkpoints, step: int | None = None) -> tuple[TrainState, dict[str, Any] | None]:
         """The state to go on from and the data position, from the checkpoint of `step`, the newest one, or the start."""
@@ -247,6 +251,8 @@ class Run:
         return {name: global_array(rows, first_row, total, self.batch_sharding) for name, rows in batch.items()}
 
     def _save(self, checkpoints: Checkpoints, state: TrainState, step: int, batches: Any) -> None:
+        if is_first():
+            self.watch.check()  # so that no checkpoint has learned from what the run did not begin with
         checkpoints.save(step, state, data_state=batches.get_state(), config=to_dict(self.config))
 
     def _report(self, state: TrainState, batch: dict[str, jax.Array]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ only if the file was written with one.
 
 from __future__ import annotations
 
+import functools
 import os
 import struct
 from pathlib import Path
@@ -15,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from bm_jax.data.errors import DataError
-from bm_jax.data.stream import Piece, TokenStream
+from bm_jax.data.stream import FileNumbers, Piece, TokenStream
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
@@ -56,7 +57,7 @@ def read_index(path: Path) -> tuple[np.dtype, np.ndarray]:
 
 
 def open_megatron(prefix: str | os.PathLike[str], held_out_tokens: int, vocab_size: int) -> dict[str, TokenStream]:
-    """Train and validation streams of PREFIX.bin, memory-mapped.
+    """Train and validation streams of PREFIX.bin, read as they are asked for.
 
     Validation is as many whole documents from the end as have at most `held_out_tokens` tokens together, but at least
     one if there are two. The format records no tokenizer, so only the ids can be checked, when they are read.
@@ -71,13 +72,13 @@ def open_megatron(prefix: str | os.PathLike[str], held_out_tokens: int, vocab_si
         )
     if not total:
         raise DataError(f"{binary} contains no tokens")
-    tokens = np.memmap(binary, dtype, "r", shape=(total,))
     starts = np.concatenate([[0], ends[:-1]])
     first = int(np.searchsorted(starts, total - held_out_tokens))
     first = min(first, len(ends) - 1) if len(ends) > 1 else 1
     first = max(first, 1)
-    cut = int(ends[first - 1])
+    cut, files = int(ends[first - 1]), (binary, binary.with_suffix(".idx"))
+    numbers = functools.partial(FileNumbers, binary, dtype)
     return {
-        "train": TokenStream([Piece(tokens[:cut], ends[:first], str(binary))], vocab_size),
-        "validation": TokenStream([Piece(tokens[cut:], ends[first:] - cut, str(binary))], vocab_size),
+        "train": TokenStream([Piece(numbers(0, cut), ends[:first], str(binary), files)], vocab_size),
+        "validation": TokenStream([Piece(numbers(cut, total - cut), ends[first:] - cut, str(binary), files)], vocab_size),
     }

@@ -79,6 +79,10 @@ class Data:
     def __init__(self, config: DataConfig, tokenizer: Tokenizer, sources: tuple[Source, ...]) -> None:
         self.config, self.tokenizer, self.sources = config, tokenizer, sources
 
+    def files(self) -> list[Path]:
+        """Every file that batches are read from."""
+        return [file for source in self.sources for stream in (source.train, source.validation) for file in stream.files]
+
     def train_batches(self, start: int = 0, *, process_index: int = 0, process_count: int = 1) -> Any:
         """Endless grain iterator over training batches, from batch number `start` on.
 

@@ -24,7 +24,7 @@ import numpy as np
 
 from bm_jax.config import ConfigError, from_dict
 from bm_jax.data.errors import DataError
-from bm_jax.data.stream import Piece, TokenStream
+from bm_jax.data.stream import FileNumbers, Piece, TokenStream
 from bm_jax.data.tokenizer import Tokenizer
 
 MANIFEST = "manifest.json"
@@ -187,25 +187,23 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
         raise DataError(f"{path} is damaged ({error}). Delete the folder and {remedy}") from None
 
 
-def _map(path: Path, dtype: np.dtype, count: int) -> np.ndarray:
-    """`count` values of the file at `path`, memory-mapped; DataError unless the size is exactly right."""
+def _require_size(path: Path, expected: int) -> None:
+    """DataError unless the file has exactly so many bytes."""
     try:
         found = path.stat().st_size
     except FileNotFoundError:
         raise DataError(f"{path} is missing although the manifest lists it. Copy it again or prepare again") from None
-    expected = count * dtype.itemsize
     if found != expected:
         problem = "truncated" if found < expected else "too long"
         raise DataError(
             f"{path} is {problem}: the manifest says {expected:,} bytes, found {found:,}. Copy it again or prepare again"
         )
-    return np.memmap(path, dtype, "r", shape=(count,))
 
 
 def open_prepared(
     folder: str | os.PathLike[str], tokenizer: Tokenizer | None = None, vocab_size: int | None = None
 ) -> dict[str, TokenStream]:
-    """The train and validation streams of a prepared folder, memory-mapped.
+    """The train and validation streams of a prepared folder; tokens are read as they are asked for.
 
     Every shard's size is checked, the tokenizer's fingerprint if `tokenizer` is given, and the ids against the
     model's `vocab_size` if that is given. Raises DataError naming the file, expected, found and what to do.
@@ -230,8 +228,10 @@ def open_prepared(
         pieces = []
         for shard in getattr(manifest.splits, split):
             path = folder / f"{shard.name}.tokens"
-            tokens = _map(path, np.dtype(manifest.dtype).newbyteorder("<"), shard.tokens)
-            ends = _map(path.with_suffix(".ends"), ENDS_DTYPE, shard.documents)
+            dtype = np.dtype(manifest.dtype).newbyteorder("<")
+            _require_size(path, shard.tokens * dtype.itemsize)
+            _require_size(path.with_suffix(".ends"), shard.documents * ENDS_DTYPE.itemsize)
+            ends = np.memmap(path.with_suffix(".ends"), ENDS_DTYPE, "r")
             if shard.max_id >= limit:
                 raise DataError(f"{path} contains token id {shard.max_id}, but the model has ids 0 to {limit - 1}")
             if int(ends[-1]) != shard.tokens:
@@ -239,7 +239,8 @@ def open_prepared(
                     f"{path.with_suffix('.ends')} is damaged: its last document ends at token {int(ends[-1]):,}, "
                     f"expected {shard.tokens:,}. Copy it again or prepare again"
                 )
-            pieces.append(Piece(tokens, ends, str(path)))
+            files = (path, path.with_suffix(".ends"), folder / MANIFEST)
+            pieces.append(Piece(FileNumbers(path, dtype, 0, shard.tokens), ends, str(path), files))
         streams[split] = TokenStream(pieces, limit)
     return streams
 

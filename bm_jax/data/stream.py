@@ -8,23 +8,51 @@ stream's first is a target exactly once.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
 from bm_jax.data.errors import DataError
 
 
+class FileNumbers:
+    """Numbers in a file, which are read when they are asked for: `numbers[start:stop]` is an array.
+
+    Not a memory map: where a file is truncated while it is in use, that would end the process with a signal.
+    """
+
+    def __init__(self, path: Path, dtype: np.dtype, start: int, count: int) -> None:
+        self._path, self._dtype, self._start, self._count = path, np.dtype(dtype), start, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        start, stop, step = part.indices(self._count)
+        if step != 1:
+            raise IndexError("FileNumbers: only whole slices, without a step, are read")
+        size = self._dtype.itemsize
+        with open(self._path, "rb") as file:
+            found = os.pread(file.fileno(), (stop - start) * size, (self._start + start) * size)
+        if len(found) != max(0, stop - start) * size:
+            raise DataError(f"{self._path} is shorter than it was when it was opened. Copy it again and run again")
+        return np.frombuffer(found, self._dtype)
+
+
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """Consecutive tokens of a stream, normally a memory-mapped shard."""
+    """Consecutive tokens of a stream, normally a shard on the disk."""
 
-    tokens: np.ndarray
+    tokens: np.ndarray | FileNumbers
     """Ids, any integer dtype, [tokens]."""
     ends: np.ndarray
     """Exclusive end of each document within `tokens`, ascending integers, [documents]."""
     origin: str
     """Where the tokens lie, for error messages."""
+    files: tuple[Path, ...] = ()
+    """The files that they are read from."""
 
 
 class TokenStream:
@@ -36,6 +64,7 @@ class TokenStream:
         self._starts = np.cumsum([0, *(len(piece.tokens) for piece in self._pieces)])
         self._id_limit = id_limit
         self.tokens = int(self._starts[-1])
+        self.files = tuple(file for piece in self._pieces for file in piece.files)
         self.documents = sum(len(piece.ends) for piece in self._pieces)
 
     def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
