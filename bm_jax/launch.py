@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from bm_jax.processes import LOCAL_DEVICES, VARIABLES
 
@@ -26,7 +26,7 @@ GRACE_SECONDS = 15
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m bm_jax.launch", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bm_jax.launch", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--processes", type=int, help="how many; the number of GPUs where not given")
     parser.add_argument("script")
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
@@ -50,7 +50,7 @@ def run(command: list[str], total: int, *, one_gpu_each: bool) -> int:
         # In a session of their own, so that a Ctrl-C in the terminal reaches them once, from here.
         options: dict[str, Any] = {"env": os.environ | own, "start_new_session": True}
         options |= {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE} if number else {}
-        started.append(subprocess.Popen(command, **options))
+        started.append(cast("subprocess.Popen[bytes]", subprocess.Popen(command, **options)))
     marked = [threading.Thread(target=mark, args=(number, process.stderr)) for number, process in enumerate(started) if number]
     for thread in marked:
         thread.start()

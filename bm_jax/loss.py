@@ -7,7 +7,7 @@ values are unembedded in chunks, and training takes each chunk's gradient while 
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -73,8 +73,8 @@ def next_token_loss(
     )
     with jax.named_scope("loss"):
         kernel = unembedding(parameters, config)
-        objective, sums = cross_entropy(output.hidden, kernel, tokens[:, 1:], predicted(segment_ids), z_loss)
-    return Loss(objective, sums, output.statistics)
+        result: Any = cross_entropy(output.hidden, kernel, tokens[:, 1:], predicted(segment_ids), z_loss)
+    return Loss(*result, output.statistics)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -88,15 +88,14 @@ def cross_entropy(hidden: Array, kernel: Array, targets: Array, counts: Array, z
         counts: bool `[B, L]`.
         z_loss: weight of the squared logsumexp of the logits (Chowdhery et al. 2022, section 5).
     """
-    return _in_chunks(hidden, kernel, targets, counts, z_loss, gradients=False)[:2]
+    return _in_chunks(hidden, kernel, targets, counts, z_loss, gradients=False)[0]
 
 
 def _forward(hidden: Array, kernel: Array, targets: Array, counts: Array, z_loss: float):
-    objective, sums, *gradients = _in_chunks(hidden, kernel, targets, counts, z_loss, gradients=True)
-    return (objective, sums), gradients
+    return _in_chunks(hidden, kernel, targets, counts, z_loss, gradients=True)
 
 
-def _backward(z_loss: float, gradients: list[Array], cotangents: tuple[Array, LossSums]):
+def _backward(z_loss: float, gradients: tuple[Array, Array], cotangents: tuple[Array, LossSums]):
     scale = cotangents[0]
     return *((gradient * scale).astype(gradient.dtype) for gradient in gradients), None, None
 
@@ -104,7 +103,9 @@ def _backward(z_loss: float, gradients: list[Array], cotangents: tuple[Array, Lo
 cross_entropy.defvjp(_forward, _backward)
 
 
-def _in_chunks(hidden: Array, kernel: Array, targets: Array, counts: Array, z_loss: float, *, gradients: bool):
+def _in_chunks(
+    hidden: Array, kernel: Array, targets: Array, counts: Array, z_loss: float, *, gradients: bool
+) -> tuple[tuple[Array, LossSums], tuple[Array, Array] | None]:
     """`cross_entropy`, and with `gradients` those of the objective by `hidden` and `kernel`."""
     (B, L, _), dtype = hidden.shape, hidden.dtype
     wide = jnp.promote_types(dtype, jnp.float32)
@@ -146,7 +147,7 @@ def _in_chunks(hidden: Array, kernel: Array, targets: Array, counts: Array, z_lo
     zero, weights = jnp.zeros((), wide), counts.astype(wide)
     d_kernel = jnp.zeros((D, S, *kernel.shape), wide) if gradients else None
     (nll, z, d_kernel), d_hidden = jax.lax.scan(chunk, (zero, zero, d_kernel), (split(hidden), split(targets), split(weights)))
-    sums = LossSums(nll, z, jnp.sum(weights))
-    if not gradients:
-        return nll + z_loss * z, sums
-    return nll + z_loss * z, sums, whole(d_hidden), jnp.sum(d_kernel, axis=(0, 1)).astype(kernel_dtype)
+    result = nll + z_loss * z, LossSums(nll, z, jnp.sum(weights))
+    if d_kernel is None or d_hidden is None:
+        return result, None
+    return result, (whole(d_hidden), jnp.sum(d_kernel, axis=(0, 1)).astype(kernel_dtype))

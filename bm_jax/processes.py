@@ -114,7 +114,7 @@ def global_array(rows: np.ndarray, first: int, total: int, sharding: NamedShardi
     """The array `[total, ...]` of which this process has `rows`, from row `first` on: all that its devices need."""
     shape = (total, *rows.shape[1:])
 
-    def part(index: tuple[slice, ...]) -> np.ndarray:
+    def part(index: Any) -> np.ndarray:
         start, stop, _ = index[0].indices(total)
         return rows[(slice(start - first, stop - first), *index[1:])]
 

@@ -264,8 +264,8 @@ def launch_together(
     words = [s.size * LETTER_BYTES[s.dtype.name] // 4 for s in letters.values()]
     ends = [VECTOR_BYTES // 4 * sum(ceil_div(n, VECTOR_BYTES // 4) for n in words[: k + 1]) for k in range(len(words))]
 
-    def body(*refs: Any) -> None:
-        *refs, copies = refs
+    def body(*arguments: Any) -> None:
+        *refs, copies = arguments
         room = pl.get_global(plgpu.SemaphoreType.REGULAR((ends[-1],)))  # the global memory that is zero at first
 
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * (len(refs) + 2))
