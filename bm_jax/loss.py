@@ -74,7 +74,8 @@ def next_token_loss(
     with jax.named_scope("loss"):
         kernel = unembedding(parameters, config)
         result: Any = cross_entropy(output.hidden, kernel, tokens[:, 1:], predicted(segment_ids), z_loss)
-    return Loss(*result, output.statistics)
+    objective, sums = result
+    return Loss(objective, sums, output.statistics)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
