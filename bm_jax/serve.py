@@ -99,7 +99,7 @@ def _serve(request: Arguments) -> None:
         name = request.model_name or Path(request.directory).resolve().name
         try:
             chat = ChatTemplate.load(Path(request.directory), engine.model.tokenizer)
-            service = Service(engine, name, limits=request.limits, api_keys=keys, chat=chat)
+            service = Service(engine, name, limits=request.limits, api_keys=keys, chat=chat, local=_is_loopback(bound))
             server = Server(service)
             # Until uvicorn listens to signals itself, and when it raises them again at its end.
             for number in (signal.SIGINT, signal.SIGTERM):

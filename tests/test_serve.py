@@ -96,7 +96,7 @@ def serving(model, *, slots=4, queue=64, name="tiny", keys=(), template: str | N
     try:
         chat = ChatTemplate(template, model.tokenizer) if template else None
         limits = Limits(**({"max_tokens": 10**6, "shutdown_seconds": 20} | limits))
-        server = Server(Service(engine, name, limits=limits, api_keys=keys, chat=chat))
+        server = Server(Service(engine, name, limits=limits, api_keys=keys, chat=chat, local=True))
         bound = listen("127.0.0.1", 0)
         bound.listen(128)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
@@ -627,6 +627,25 @@ def test_a_page_of_another_site_is_refused(running):
         assert response.status_code == status
         if status == 403:
             assert error_of(response, 403)["code"] == "origin"
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("evil.example", 403),
+        ("127.0.0.1.evil.example:80", 403),
+        ("", 403),
+        ("LOCALHOST:1", 200),
+        ("[::1]:8000", 200),
+        ("127.0.0.2", 200),
+    ],
+)
+def test_a_name_that_is_not_this_machine_s_is_refused(running, host, status):
+    response = httpx.get(f"{running.url}/v1/models", headers={"Host": host}, timeout=60)
+    if status == 403:
+        assert error_of(response, 403)["code"] == "host"
+    else:
+        assert response.status_code == status
 
 
 def test_a_client_that_does_not_read_is_cut_off(strict):

@@ -43,6 +43,8 @@ class Service:
         name: of the model, as clients ask for it.
         api_keys: clients must show one of them; none for a server that is open to all who reach it.
         chat: the model's chat template, if it has one.
+        local: it listens on this machine alone; without keys it then answers to no other name than the machine's own, which a
+            page of another site could give to this address (DNS rebinding).
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class Service:
         limits: Limits | None = None,
         api_keys: Sequence[str] = (),
         chat: ChatTemplate | None = None,
+        local: bool = False,
     ) -> None:
         model = engine.model
         self.engine, self.limits = engine, limits or Limits()
@@ -62,6 +65,7 @@ class Service:
         self._jobs: set[Job] = set()
         self._created = int(time.time())
         self._keys = [hashlib.sha256(key.encode()).digest() for key in api_keys]
+        self._local = local
         self._page, self._policy = _load_page()
 
     def app(self) -> ASGIApp:
@@ -78,7 +82,7 @@ class Service:
         handlers: dict[Any, Any] = {ApiError: answer_error, HTTPException: answer_http_error, Exception: answer_failure}
         app = Starlette(routes=routes, exception_handlers=handlers)
         app.router.redirect_slashes = False
-        return Gate(app, self.allows, self.metrics)
+        return Gate(app, self.allows, self.metrics, only_local=self._local and not self._keys)
 
     def allows(self, authorization: str) -> bool:
         """Whether an Authorization header shows one of the keys, in a time that does not tell how much of it is right."""

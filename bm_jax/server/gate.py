@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import time
 from collections.abc import Callable
 from typing import Any
@@ -53,14 +54,24 @@ async def receive_body(headers: Headers, receive: Receive, limits: Limits) -> by
 class Gate:
     """Around the application: asks for the key, adds headers to every response, counts responses and their time."""
 
-    def __init__(self, app: ASGIApp, allows: Callable[[str], bool], metrics: Metrics) -> None:
-        self._app, self._allows, self._metrics = app, allows, metrics
+    def __init__(self, app: ASGIApp, allows: Callable[[str], bool], metrics: Metrics, *, only_local: bool = False) -> None:
+        self._app, self._allows, self._metrics, self._only_local = app, allows, metrics, only_local
 
     @staticmethod
     def _from_elsewhere(headers: Headers) -> bool:
         """Whether a browser says that a page of another site asks."""
         origin = headers.get("origin")
         return origin is not None and origin.partition("://")[2] != headers.get("host")
+
+    @staticmethod
+    def _is_local(headers: Headers) -> bool:
+        """Whether the name that the server was asked by is one of this machine's own."""
+        name = headers.get("host", "localhost").lower()
+        name = name[1:].partition("]")[0] if name.startswith("[") else name.partition(":")[0]
+        try:
+            return name == "localhost" or name.endswith(".localhost") or ipaddress.ip_address(name).is_loopback
+        except ValueError:
+            return False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -79,6 +90,9 @@ class Gate:
             if self._from_elsewhere(headers):
                 message = "a page of another site may not use this server"
                 await error_response(ApiError(403, message, code="origin"))(scope, receive, counted)
+            elif self._only_local and not self._is_local(headers):
+                message = "this server answers to localhost and 127.0.0.1 alone; give it an API key to reach it by another name"
+                await error_response(ApiError(403, message, code="host"))(scope, receive, counted)
             elif scope["path"] in OPEN_PATHS or self._allows(headers.get("authorization", "")):
                 await self._app(scope, receive, counted)
             else:

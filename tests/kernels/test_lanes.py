@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.lanes import WARPGROUP, launch, scatter_sum
+from pallas_kernels.lanes import WARPGROUP, launch, launch_together, scatter_sum
 
 
 def kind(*shape, dtype=jnp.float32):
@@ -101,4 +101,56 @@ def test_a_program_lowers_for_cuda(program, together):
     text = jax.export.export(jax.jit(functools.partial(run, program, together=together)), platforms=["cuda"])(
         kind(5, WARPGROUP)
     )
+    assert "mosaic_gpu" in text.mlir_module()
+
+
+def exchange(lanes, refs, *, yields=True, stamp=1):
+    """Each block posts its number, and writes the sum of all blocks'."""
+    lanes.post(refs.numbers, (lanes.block,), lanes.load(refs.x, (lanes.block, 0), 1)[0], 1, where=lanes.thread < 1)
+    if yields:
+        yield
+    collected = lanes.collect(refs.numbers, [(lanes.thread * 0 + block,) for block in range(3)], 1, stamp)
+    lanes.store(refs.y, (lanes.block, lanes.thread), [sum(values[0] for values in collected)])
+    yield
+
+
+def copy_ahead(lanes, refs):
+    """Each block's row by way of shared memory, where the copying unit puts it."""
+    lanes.copy(refs.row, refs.x, (lanes.block, lanes.block * 0), lanes.block * 0 + WARPGROUP)
+    yield
+    lanes.copied(lanes.block * 0)
+    lanes.store(refs.y, (lanes.block, lanes.thread), lanes.load(refs.row, (lanes.thread,), 1))
+    yield
+
+
+def read_before_it_is_copied(lanes, refs):
+    lanes.copy(refs.row, refs.x, (lanes.block, lanes.block * 0), lanes.block * 0 + WARPGROUP)
+    lanes.store(refs.y, (lanes.block, lanes.thread), lanes.load(refs.row, (lanes.thread,), 1))
+    yield
+
+
+def together(program, dtype=jnp.float32, **options):
+    letters, shared = {"numbers": kind(3, dtype=dtype)}, {"row": kind(WARPGROUP)}
+    return launch_together(program, 3, WARPGROUP, {"x": X}, {"y": kind(*X.shape)}, letters, shared, **options)["y"]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_blocks_send_each_other_letters(dtype):
+    np.testing.assert_array_equal(together(exchange, dtype, interpret=True), np.full(X.shape, X[:, 0].sum()))
+
+
+@pytest.mark.parametrize("mistake", [{"yields": False}, {"stamp": 2}])
+def test_a_letter_that_nobody_has_posted_is_reported(mistake):
+    with pytest.raises(Exception, match="letters that nobody has posted"):
+        jax.block_until_ready(together(functools.partial(exchange, **mistake), interpret=True))
+
+
+def test_what_is_copied_is_there_once_it_was_waited_for():
+    np.testing.assert_array_equal(together(copy_ahead, interpret=True), X)
+    assert np.isnan(together(read_before_it_is_copied, interpret=True)).all()
+
+
+@pytest.mark.parametrize("program", [exchange, copy_ahead])
+def test_a_program_of_blocks_together_lowers_for_cuda(program):
+    text = jax.export.export(jax.jit(lambda: together(program)), platforms=["cuda"])()
     assert "mosaic_gpu" in text.mlir_module()
