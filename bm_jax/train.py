@@ -136,6 +136,7 @@ class Run:
         self.first_row, self.rows = own_rows(self.batch_sharding, (config.data.batch_size, config.data.sequence_length + 1))
         self.last_validation: tuple[int, float | None] = (-1, None)
         self.last_state: TrainState | None = None
+        self.input_seconds = 0.0
         self.watch = DataWatch(data.files(), Path(config.run.directory))
 
     def start(self, checkpoints: Checkpoints, step: int | None = None) -> tuple[TrainState, dict[str, Any] | None]:
@@ -217,7 +218,9 @@ class Run:
         waiting: tuple[int, dict[str, Any]] | None = None
         saved = step = int(state.step)
         while step < run.steps and not any_process(bool(interrupt)):
+            before = time.perf_counter()
             batch = self._place(next(batches), self.first_row)
+            self.input_seconds += time.perf_counter() - before
             step += 1
             row: dict[str, Any] = {}
             if step % run.report_every == 0 or step == run.steps:
@@ -261,17 +264,18 @@ class Run:
         return {"loss": sums, **routing}
 
     def _rates(self, before: float) -> Iterator[dict[str, float]]:
-        """Speed since the last row: tokens a second, and model FLOP utilisation where the device's peak is known."""
+        """Since the last row: tokens a second, the share of the time that went to waiting for a batch and placing it, and model
+        FLOP utilisation where the device's peak is known."""
         data = self.config.data
         tokens = data.batch_size * data.sequence_length
         flops = model_flops_per_token(self.config.model, data.sequence_length)
         peak = device_peak_flops(self.mesh.devices.flat[0])
         while True:
             now = time.perf_counter()
-            speed = tokens / (now - before)
-            before = now
+            speed, waited = tokens / (now - before), self.input_seconds / (now - before)
+            before, self.input_seconds = now, 0.0
             utilisation = {} if peak is None else {"model_flop_utilisation": speed * flops / peak / self.mesh.size}
-            yield {"tokens_per_second": speed, **utilisation}
+            yield {"tokens_per_second": speed, "input_wait": waited, **utilisation}
 
     def _write(
         self, step: int, metrics: dict[str, Any], writer: MetricsWriter, bar: ProgressBar, rates: dict[str, float]

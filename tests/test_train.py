@@ -70,7 +70,7 @@ def at(directory: Path, **run) -> Config:
 
 def history(directory: Path) -> list[dict]:
     """The rows of a run without what depends on the clock."""
-    clocks = ("tokens_per_second", "model_flop_utilisation")
+    clocks = ("tokens_per_second", "input_wait", "model_flop_utilisation")
     return [{k: v for k, v in row.items() if k not in clocks} for row in read_metrics(directory)]
 
 

@@ -30,7 +30,7 @@ FLAGS = (
     "--optimizer.schedule constant --run.report-every 50 --run.eval-every 1000000 --run.sample-tokens 0 "
     "--run.checkpoint-every 10 --run.keep-last 4"
 ).split()
-MODEL_CLOCKS = ("tokens_per_second", "model_flop_utilisation")
+CLOCKS = ("tokens_per_second", "input_wait", "model_flop_utilisation")
 
 
 class Run:
@@ -69,7 +69,7 @@ class Run:
     def history(self) -> list[dict]:
         """What each step measured, without what depends on the clock."""
         rows = [json.loads(line) for line in (self.directory / "metrics.jsonl").read_text().splitlines()]
-        return [{name: value for name, value in row.items() if name not in MODEL_CLOCKS} for row in rows]
+        return [{name: value for name, value in row.items() if name not in CLOCKS} for row in rows]
 
     def kill_after(self, seconds: float, number: int = signal.SIGKILL, **environment: str) -> tuple[int, str, float]:
         """Start, wait for the first new step and so long after it, send a signal; status, output, seconds to the end."""
