@@ -14,10 +14,8 @@ from __future__ import annotations
 
 import argparse
 import collections
-import gzip
 import json
 import statistics
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -26,7 +24,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from harness import machine
+from harness import machine, profiled
 
 import configs
 from bm_jax import decoding, state
@@ -220,17 +218,9 @@ def engine(model: LanguageModel, slots: int, raw: float, options: argparse.Names
 
 def count_kernels(run: Any, steps: int) -> dict[str, Any]:
     """Kernels a step and microseconds in them, of a profile."""
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
-            run()
-        path = max(Path(folder).rglob("*.trace.json.gz"), key=lambda path: path.stat().st_mtime)
-        with gzip.open(path) as file:
-            events = json.load(file)["traceEvents"]
-    threads = {(e["pid"], e["tid"]): e["args"]["name"] for e in events if e.get("name") == "thread_name"}
     found: dict[str, list[float]] = collections.defaultdict(list)
-    for event in events:
-        if event.get("ph") == "X" and "Stream" in threads.get((event["pid"], event["tid"]), ""):
-            found[event["name"]].append(event["dur"])
+    for kernel in profiled(run):
+        found[kernel.name].append(kernel.seconds * 1e6)
     longest = sorted(found, key=lambda name: -sum(found[name]))
     return {
         "a step": sum(map(len, found.values())) / steps,

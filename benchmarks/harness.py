@@ -10,11 +10,13 @@ but it also counts the waiting that a thread pool does by spinning.
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import importlib.metadata
 import json
 import os
 import platform
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -207,3 +209,28 @@ def seconds(runs: dict[str, Any], arguments: tuple, count: int, rounds: int) -> 
             jax.block_until_ready(run(*arguments))
             times[name].append((time.perf_counter() - start) / count)
     return times
+
+
+class Kernel(NamedTuple):
+    """What a GPU ran once."""
+
+    name: str
+    seconds: float
+    instruction: str
+    """Of the compiled program; the kernel's name where the profile does not say."""
+
+
+def profiled(run: Callable[[], object]) -> list[Kernel]:
+    """The kernels that all GPUs ran while `run` did, which must wait for them; none on a CPU."""
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            run()
+        path = max(Path(folder).rglob("*.trace.json.gz"), key=lambda path: path.stat().st_mtime)
+        with gzip.open(path) as file:
+            events = json.load(file)["traceEvents"]
+    threads = {(e["pid"], e["tid"]): e["args"]["name"] for e in events if e.get("name") == "thread_name"}
+    return [
+        Kernel(e["name"], e["dur"] / 1e6, e.get("args", {}).get("hlo_op", e["name"]))
+        for e in events
+        if e.get("ph") == "X" and "Stream" in threads.get((e["pid"], e["tid"]), "")
+    ]

@@ -13,19 +13,18 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
-import gzip
 import importlib
 import json
 import math
 import statistics
-import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from harness import machine
+from harness import machine, profiled
 
 from bm_jax.config import MeshConfig
 from bm_jax.optimizer import make_optimizer
@@ -41,20 +40,14 @@ COLLECTIVES = {
 """Parts of the names of NCCL's kernels, and what they do here."""
 
 
-def kernel_times(folder: Path) -> dict[str, float]:
-    """Seconds of all devices in each collective, and in all kernels (`total`), of the newest trace in `folder`."""
-    path = max(folder.rglob("*.trace.json.gz"), key=lambda path: path.stat().st_mtime)
-    with gzip.open(path) as file:
-        events = json.load(file)["traceEvents"]
-    threads = {(e["pid"], e["tid"]): e["args"]["name"] for e in events if e.get("name") == "thread_name"}
+def kernel_times(run: Callable[[], object]) -> dict[str, float]:
+    """Seconds of all devices in each collective, and in all kernels (`total`), while `run` did."""
     times: dict[str, float] = collections.defaultdict(float)
-    for event in events:
-        if event.get("ph") != "X" or "Stream" not in threads.get((event["pid"], event["tid"]), ""):
-            continue
-        kind = next((name for part, name in COLLECTIVES.items() if part in event["name"]), None)
-        times["total"] += event["dur"] / 1e6
+    for kernel in profiled(run):
+        kind = next((name for part, name in COLLECTIVES.items() if part in kernel.name), None)
+        times["total"] += kernel.seconds
         if kind:
-            times[kind] += event["dur"] / 1e6
+            times[kind] += kernel.seconds
     return dict(times)
 
 
@@ -90,12 +83,14 @@ def measure(text: str, options: argparse.Namespace) -> dict[str, Any]:
             times.append((time.perf_counter() - start) / options.repeat)
         shares = {}
         if options.trace:
-            with tempfile.TemporaryDirectory() as folder:
-                with jax.profiler.trace(folder):
-                    for _ in range(3):
-                        state, metrics = step(state, batch)
-                    jax.block_until_ready(metrics)
-                spent = kernel_times(Path(folder))
+
+            def run() -> None:
+                nonlocal state, metrics
+                for _ in range(3):
+                    state, metrics = step(state, batch)
+                jax.block_until_ready(metrics)
+
+            spent = kernel_times(run)
             shares = {name: seconds / (3 * statistics.median(times) * size) for name, seconds in spent.items()}
         stats = mesh.devices.flat[0].memory_stats() or {}
     return {

@@ -15,11 +15,9 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import gzip
 import json
 import re
 import statistics
-import tempfile
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +25,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import tyro
-from harness import machine
+from harness import machine, profiled
+from jax.sharding import Mesh
 
 import configs
 from bm_jax.config import Config, ModelConfig
@@ -82,7 +81,9 @@ def main(options: Options) -> None:
         run=dataclasses.replace(config.run, remat=options.remat or config.run.remat),
     )
     tokens, device = rows * length, jax.devices()[0]
-    state, step, batch = prepare(config)
+    mesh = make_mesh(dataclasses.replace(config.mesh, data=1), jax.devices()[:1])
+    jax.set_mesh(mesh)
+    state, step, batch = prepare(config, mesh)
     lowered = step.lower(state, batch)
     compiled = lowered.compile()
     state, metrics = compiled(state, batch)
@@ -134,10 +135,8 @@ def main(options: Options) -> None:
         options.json.write_text(json.dumps(values, indent=2, default=str) + "\n", encoding="utf-8")
 
 
-def prepare(config: Config) -> tuple[Any, Any, dict[str, jax.Array]]:
-    """State, jitted step, and a batch of random tokens, as `bm_jax.train` has them."""
-    mesh = make_mesh(config.mesh, jax.devices()[:1])
-    jax.set_mesh(mesh)
+def prepare(config: Config, mesh: Mesh) -> tuple[Any, Any, dict[str, jax.Array]]:
+    """State, jitted step, and a batch of random tokens, as `bm_jax.train` has them; `mesh` is the current one."""
     optimizer = make_optimizer(config.optimizer, config.run.steps)
     initialize = lambda: init_state(config, optimizer)  # noqa: E731
     shardings = state_shardings(jax.eval_shape(initialize), optimizer, mesh)
@@ -146,6 +145,12 @@ def prepare(config: Config) -> tuple[Any, Any, dict[str, jax.Array]]:
     shape = (config.data.batch_size, config.data.sequence_length + 1)
     tokens = jax.random.randint(jax.random.key(1), shape, 0, config.model.vocab_size)
     return state, step, jax.device_put({"tokens": tokens, "segment_ids": jnp.ones_like(tokens)}, batch_sharding(mesh))
+
+
+def operation_names(text: str) -> dict[str, str]:
+    """What each instruction of a compiled program comes from: named scopes and an operation."""
+    found = re.finditer(r'^\s*(?:ROOT )?%?([\w.\-]+) = .*?op_name="([^"]*)"', text, re.MULTILINE)
+    return {match[1]: match[2] for match in found}
 
 
 def part_of(name: str) -> str:
@@ -158,24 +163,13 @@ def breakdown(run: Any, text: str) -> tuple[dict[str, float], list[Any]]:
 
     `text` is the compiled program, which says where each instruction comes from.
     """
-    names = {
-        match[1]: match[2] for match in re.finditer(r'^\s*(?:ROOT )?%?([\w.\-]+) = .*?op_name="([^"]*)"', text, re.MULTILINE)
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
-            run()
-        path = max(Path(folder).rglob("*.trace.json.gz"), key=lambda path: path.stat().st_mtime)
-        with gzip.open(path) as file:
-            events = json.load(file)["traceEvents"]
-    threads = {(e["pid"], e["tid"]): e["args"]["name"] for e in events if e.get("name") == "thread_name"}
+    names = operation_names(text)
     parts: dict[str, float] = collections.defaultdict(float)
     kernels: dict[Any, list[float]] = collections.defaultdict(list)
-    for event in events:
-        if event.get("ph") != "X" or "Stream" not in threads.get((event["pid"], event["tid"]), ""):
-            continue
-        name = names.get(event.get("args", {}).get("hlo_op", event["name"]), "")
-        parts[part_of(name)] += event["dur"] / 1e6
-        kernels[part_of(name), event["name"], name].append(event["dur"] / 1e6)
+    for kernel in profiled(run):
+        name = names.get(kernel.instruction, "")
+        parts[part_of(name)] += kernel.seconds
+        kernels[part_of(name), kernel.name, name].append(kernel.seconds)
     longest = sorted(kernels.items(), key=lambda item: -sum(item[1]))
     return dict(parts), [(key, (len(spent) / TRACED, sum(spent) / TRACED)) for key, spent in longest[:60]]
 

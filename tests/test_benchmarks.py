@@ -176,6 +176,21 @@ def test_the_latency_curve_runs(script, tmp_path, capsys):
         latency_curve.main(latency_curve.Options(lengths=(16, 20)))
 
 
+def test_operations_of_a_train_step_belong_to_parts_that_have_floors(script):
+    step = script("train_step")
+    config = configs.load("default")
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=2, sequence_length=32))
+    mesh = step.make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        state, train_step, batch = step.prepare(config, mesh)
+        names = step.operation_names(train_step.lower(state, batch).compile().as_text()).values()
+    floors = step.floor_seconds(config, 64, 1e12, 1e14)
+    assert {step.part_of(name) for name in names} >= set(floors)
+    assert all(seconds > 0 for seconds in floors.values())
+    products = sum(floors[name] for name in ("projections", "experts", "unembedding and loss")) * 1e14 / 64
+    assert products == pytest.approx(step.model_flops_per_token(config.model, 32), rel=0.1)  # the rest: scan, conv, router
+
+
 def test_the_comparison_of_int8_weights_runs(script, tmp_path, capsys):
     quantization = script("quantization")
     config = script("latency_curve").shrunk(configs.load("default").model, 4)
