@@ -248,17 +248,18 @@ class Checkpoints:
         reason = f"{error}".strip() or type(error).__name__
         if is_disk_full(error):
             reason = f"disk full on {self.directory} ({_free(self.directory)} free): {reason}"
-        return CheckpointError(f"saving step {step} failed: {reason}. {self._intact()}")
+        return CheckpointError(f"saving step {step} failed: {reason}. {self.intact()}")
 
     def _require_space(self, step: int, size: int) -> None:
         need, free = int(size * DISK_MARGIN), shutil.disk_usage(self.directory).free
         if need > free:
             raise CheckpointError(
                 f"disk full: a checkpoint of step {step} needs {_human(need)}, have {_human(free)} free on "
-                f"{self.directory}. {self._intact()}"
+                f"{self.directory}. {self.intact()}"
             )
 
-    def _intact(self) -> str:
+    def intact(self) -> str:
+        """What an error is to say about the steps that are safe."""
         latest = self.latest_step()
         good = "No checkpoint has been saved yet" if latest is None else f"The last good step is {latest}"
         return f"{good}; run again with the same command once this is fixed."

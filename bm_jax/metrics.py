@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto import event_pb2
+from tensorboardX.summary import scalar
 from tqdm.auto import tqdm
 
 from bm_jax.config import GATED_ACTIVATIONS, ModelConfig
 
 FILE = "metrics.jsonl"
+EVENTS: Any = event_pb2
 NONFINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 PEAK_FLOPS = {
@@ -103,7 +106,7 @@ class MetricsWriter:
         if self.path.exists():
             _rewrite(self.path, [row for row in _read_rows(self.path) if row["step"] <= resume_step])
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed by `close`)
-        self._tensorboard = SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=resume_step + 1)
+        self._tensorboard = EventFile(self.path.parent / "tensorboard", resume_step + 1)
 
     def __enter__(self) -> MetricsWriter:
         return self
@@ -119,7 +122,7 @@ class MetricsWriter:
         for name, value in row.items():
             for index, element in np.ndenumerate(np.asarray(value)):
                 if isinstance(element, int | float | np.number):
-                    self._tensorboard.add_scalar("/".join([name, *map(str, index)]), element, step)
+                    self._tensorboard.write("/".join([name, *map(str, index)]), float(element), step)
 
     def sync(self) -> None:
         """Put the rows written so far on the disk, where they survive a power cut."""
@@ -138,6 +141,29 @@ class MetricsWriter:
             self._file.close()
         finally:
             self._tensorboard.close()
+
+
+class EventFile:
+    """Scalars for TensorBoard, each in the file once it is written.
+
+    tensorboardX's `SummaryWriter` hands them to a thread, whose end (a clock that jumps, a full disk) stops the run for ever.
+    """
+
+    def __init__(self, directory: Path, first_step: int) -> None:
+        """What other files of the folder hold from `first_step` on does not count any more."""
+        directory.mkdir(parents=True, exist_ok=True)
+        own = f".{os.getpid()}.{len(list(directory.iterdir()))}"  # two starts in one second must not share a file
+        self._writer = EventsWriter(str(directory / "events"), own)
+        start = EVENTS.SessionLog(status=EVENTS.SessionLog.START)
+        self._writer.write_event(EVENTS.Event(wall_time=time.time(), step=first_step, session_log=start))
+
+    def write(self, name: str, value: float, step: int) -> None:
+        """One scalar."""
+        self._writer.write_event(EVENTS.Event(wall_time=time.time(), step=step, summary=scalar(name, value)))
+
+    def close(self) -> None:
+        """Flush and close."""
+        self._writer.close()
 
 
 def read_metrics(directory: str | os.PathLike) -> list[dict[str, Any]]:

@@ -30,6 +30,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from bm_jax.checkpoint import Checkpoints, lock_run_directory
 from bm_jax.config import Config, ConfigError, to_dict
+from bm_jax.data.errors import DataError
 from bm_jax.data.pipeline import Data, open_data
 from bm_jax.data.shards import write_durably
 from bm_jax.data.tokenizer import load_tokenizer
@@ -88,8 +89,8 @@ def fit(config: Config, *, resume_from: int | None = None) -> Result:
         run = Run(config, data, mesh)
         keep = {"keep_last": config.run.keep_last, "keep_every": config.run.keep_every}
         with Checkpoints(directory / "checkpoints", **keep) as checkpoints:
-            if is_first():
-                run.watch.begin()
+            with data_errors(checkpoints):
+                run.watch.begin() if is_first() else None
             state, position = run.start(checkpoints, resume_from)
             first = int(state.step)
             if first < config.run.steps and is_first():
@@ -100,9 +101,19 @@ def fit(config: Config, *, resume_from: int | None = None) -> Result:
                 Interrupt() as interrupt,
             ):
                 run.announce(bar, first)
-                state = run.train(state, position, checkpoints, writer, bar, interrupt)
+                with data_errors(checkpoints):
+                    state = run.train(state, position, checkpoints, writer, bar, interrupt)
                 checkpoints.wait()
         return run.finish(state, interrupt.number)
+
+
+@contextlib.contextmanager
+def data_errors(checkpoints: Checkpoints) -> Iterator[None]:
+    """Add to errors in the data which step is safe."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{str(error).rstrip('.')}. {checkpoints.intact()}") from error
 
 
 class Silent:

@@ -1,8 +1,10 @@
 """Metrics, progress, operations per token and pictures."""
 
 import io
+import itertools
 import json
 import math
+import time
 from types import SimpleNamespace
 
 import jax.numpy as jnp
@@ -64,6 +66,25 @@ def test_tensorboard_gets_every_element(tmp_path):
     contents = file.read_bytes()
     for tag in (b"loss", b"expert_load/0/0", b"expert_load/1/2"):
         assert contents.count(tag) == 2
+
+
+def test_a_clock_that_jumps_stops_no_writing(tmp_path, monkeypatch):
+    """By ten years back and one forward at every look: with a thread between, the tenth row was never written."""
+    real, looks = time.time, itertools.count()
+    monkeypatch.setattr(time, "time", lambda: real() + (-3.2e8 if next(looks) % 2 else 3.2e7))
+    write(tmp_path, range(1, 50))
+    assert [row["step"] for row in read_metrics(tmp_path)] == list(range(1, 50))
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    assert file.read_bytes().count(b"loss") == 49
+
+
+def test_two_starts_in_one_second_write_two_files(tmp_path):
+    write(tmp_path, [1, 2])
+    with MetricsWriter(tmp_path, 2) as writer:
+        writer.write(3, {"loss": 1.0})
+    first, second = sorted((tmp_path / "tensorboard").iterdir(), key=lambda file: file.stat().st_size)
+    assert first.read_bytes().count(b"loss") == 1
+    assert second.read_bytes().count(b"loss") == 2
 
 
 def test_reading_metrics_that_are_not_there(tmp_path):

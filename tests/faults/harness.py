@@ -172,6 +172,7 @@ def suffer(folder: Path, kills: int, seed: int, say: Callable[[str], None]) -> N
         said = process.communicate(timeout=120)[0]
     assert process.returncode == 1, said
     assert str(shard) in said, said
+    assert f"The last good step is {run.checkpoints()[-1]}" in said, said
     say(f"data truncated under the run: {[line for line in said.splitlines() if 'error:' in line][-1][:100]}")
 
     patch = folder / "clock"
