@@ -8,6 +8,7 @@ import inspect
 import shlex
 import signal
 import sys
+import traceback
 from pathlib import Path
 
 import jax
@@ -51,7 +52,7 @@ def main() -> int:
     try:
         config = parse(sys.argv[1:])
         options = own_options(sys.argv[1:])
-        connect(options.coordinator, options.processes, options.process)
+        connect(options.coordinator, options.processes, options.process, cluster=options.distributed)
         result = fit(config, resume_from=options.resume_from)
     except (ConfigError, RunDirectoryError, CheckpointError, NonFiniteError) as error:
         return failed(f"error: {error}")
@@ -66,8 +67,11 @@ def main() -> int:
             "Start all processes again with the same command: the run goes on from its last checkpoint."
         )
     except KeyboardInterrupt:
-        print("\nStopped; the same command goes on from the last checkpoint.", file=sys.stderr)
+        failed("\nStopped; the same command goes on from the last checkpoint.")
         return 130
+    except Exception:
+        failed(traceback.format_exc())
+        return 1
     if not is_first():
         return 0
     arguments = sys.argv[1:]
@@ -90,6 +94,7 @@ def own_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="train.py", add_help=False, allow_abbrev=False)
     parser.add_argument("--init-from", metavar="DIR")
     parser.add_argument("--resume-from", metavar="STEP", type=int)
+    parser.add_argument("--distributed", action="store_true")
     parser.add_argument("--coordinator", metavar="HOST:PORT")
     parser.add_argument("--processes", metavar="N", type=int)
     parser.add_argument("--process", metavar="I", type=int)
@@ -98,9 +103,9 @@ def own_parser() -> argparse.ArgumentParser:
 
 def failed(message: str) -> int:
     """Say so; one of several processes ends at once."""
-    if jax.distributed.is_initialized() and jax.process_count() > 1:
-        leave(message)
-    print(message, file=sys.stderr)
+    print(message, file=sys.stderr, flush=True)
+    if jax.distributed.is_initialized():
+        leave()
     return 1
 
 

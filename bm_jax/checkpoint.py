@@ -202,7 +202,7 @@ class Checkpoints:
 
     def supersede(self, step: int) -> None:
         """Rename the checkpoints after `step`, so that the run can save those steps again."""
-        for later in self.steps():
+        for later in reversed(self.steps()):  # so that the newest of those left is always one that is to go
             if later > step:
                 _set_aside(self.directory / str(later), "superseded")
 

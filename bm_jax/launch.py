@@ -3,13 +3,14 @@
     python -m bm_jax.launch train.py blackmamba_340m_1p5b --mesh.data 2          # as many processes as there are GPUs
     python -m bm_jax.launch --processes 2 train.py                               # two
 
-One process with all GPUs trains as fast; several are for trying what a cluster runs. Where one ends with an error, the others
+One process can use all GPUs of a host as well; several are what a cluster runs. Where one ends with an error, the others
 are ended too. Only process 0 writes to standard output; what the others say on standard error is marked with their number.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 import socket
@@ -44,6 +45,28 @@ def run(command: list[str], total: int, *, one_gpu_each: bool) -> int:
     """Run `command` as `total` processes that know of each other; the status of the first that failed, or 0."""
     address = f"127.0.0.1:{free_port()}"
     started: list[subprocess.Popen[bytes]] = []
+    asked: list[int] = []
+
+    def pass_on(number: int, frame: object) -> None:
+        asked.append(number)
+        for process in started:
+            process.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        return start_and_wait(command, total, address, one_gpu_each, started, asked)
+    finally:
+        for process in started:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def start_and_wait(
+    command: list[str], total: int, address: str, one_gpu_each: bool, started: list[subprocess.Popen[bytes]], asked: list[int]
+) -> int:
+    """Start them into `started`, and wait; signals that came meanwhile, in `asked`, reach those started after them too."""
     for number in range(total):
         own = dict(zip(VARIABLES, (address, str(total), str(number)), strict=True))
         own |= {LOCAL_DEVICES: str(number)} if one_gpu_each else {}
@@ -55,20 +78,12 @@ def run(command: list[str], total: int, *, one_gpu_each: bool) -> int:
     for thread in marked:
         thread.start()
 
-    def pass_on(number: int, frame: object) -> None:
+    if asked:
         for process in started:
-            process.send_signal(number)
-
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        status = wait(started)
-    finally:
-        for process in started:
-            process.kill()
-        for number, handler in before.items():
-            signal.signal(number, handler)
+            process.send_signal(asked[0])
+    status = wait(started)
     for thread in marked:
-        thread.join()
+        thread.join(timeout=5)
     return status
 
 
@@ -107,7 +122,7 @@ def count_gpus() -> int:
     """NVIDIA GPUs that processes started here may use; 0 without their driver."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        return len([name for name in visible.split(",") if name])
+        return len([name for name in visible.split(",") if name not in ("", "-1")])
     try:
         listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):

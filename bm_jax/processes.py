@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import jax
@@ -25,13 +27,15 @@ LOCAL_DEVICES = "JAX_LOCAL_DEVICE_IDS"
 T = TypeVar("T")
 
 
-def connect(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:
+def connect(
+    coordinator: str | None = None, processes: int | None = None, process: int | None = None, *, cluster: bool = False
+) -> None:
     """Join the other processes, if there are any; call it before anything uses a device.
 
     Where the arguments are None they are read from the environment: `JAX_COORDINATOR_ADDRESS` (HOST:PORT, a port of process
     0's host), `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`, with `JAX_LOCAL_DEVICE_IDS` (as 0,1) for a process that is not to
-    have all devices of its host. Without those, a step of several SLURM tasks and a slice of several TPU hosts are found by
-    jax itself. Otherwise there is one process and nothing to do.
+    have all devices of its host. Without those, and with `cluster` or in a step of several SLURM tasks, jax asks the cluster
+    (SLURM, Cloud TPU, Open MPI, Kubernetes). Otherwise there is one process and nothing to do.
 
     Raises:
         ConfigError: some of the three are missing or wrong, or the others could not be reached in five minutes.
@@ -53,8 +57,10 @@ def connect(coordinator: str | None = None, processes: int | None = None, proces
             raise ConfigError(f"{LOCAL_DEVICES} must be numbers with commas between them, got {local!r}")
         options = {"coordinator_address": address, "num_processes": int(total), "process_id": int(own)}
         options |= {"local_device_ids": [int(part) for part in local.split(",")]} if local is not None else {}
-    elif not in_a_cluster(os.environ):
+    elif not (cluster or in_a_cluster(os.environ)):
         return
+    # It would catch SIGTERM, which `bm_jax.train.Interrupt` does.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(**options, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     except (RuntimeError, ValueError) as error:
@@ -70,6 +76,26 @@ def in_a_cluster(environment: Mapping[str, str]) -> bool:
 def is_first() -> bool:
     """Whether this process is the one that writes what there is one of: it has number 0."""
     return jax.process_index() == 0
+
+
+def require_shared(directory: Path) -> None:
+    """ConfigError where processes see different folders of this name: parts of a checkpoint would lie in each."""
+    if jax.process_count() == 1:
+        return
+    path, own = directory / ".shared", secrets.token_hex(8)
+
+    def write() -> str:
+        path.write_text(own)
+        return own
+
+    wanted = from_first(write)
+    found = path.read_text() if path.exists() else None
+    others = multihost_utils.process_allgather(np.array(found == wanted))
+    if not others.all():
+        missing = ", ".join(str(number) for number in np.flatnonzero(~others))
+        raise ConfigError(
+            f"processes {missing} do not see the folder {directory} of process 0. Set run.directory to one that all hosts share"
+        )
 
 
 def from_first(make: Callable[[], T], errors: tuple[type[Exception], ...] = ()) -> T:
@@ -92,7 +118,7 @@ def from_first(make: Callable[[], T], errors: tuple[type[Exception], ...] = ()) 
 
 
 class AnyProcess:
-    """Whether any process asked for something, known to all of them at the same call: that after the asking, or later.
+    """The largest number that any process gave, known to all of them at the same call: the next one.
 
     All processes call it as often. What is sent at one call is read at the next, so that nobody waits.
     """
@@ -102,12 +128,12 @@ class AnyProcess:
         self._largest = jax.jit(jnp.max, out_shardings=NamedSharding(self._sharding.mesh, PartitionSpec()))
         self._sent: Array | None = None
 
-    def __call__(self, asked: bool) -> bool:
+    def __call__(self, number: int) -> int:
         if jax.process_count() == 1:
-            return asked
+            return number
         before, shape = self._sent, (self._sharding.mesh.size,)
-        self._sent = self._largest(jax.make_array_from_callback(shape, self._sharding, lambda _: np.full(1, asked)))
-        return before is not None and bool(before)
+        self._sent = self._largest(jax.make_array_from_callback(shape, self._sharding, lambda _: np.full(1, number)))
+        return 0 if before is None else int(before)
 
 
 def global_array(rows: np.ndarray, first: int, total: int, sharding: NamedSharding) -> Array:
@@ -143,8 +169,7 @@ def own_rows(sharding: NamedSharding, shape: tuple[int, ...]) -> tuple[int, int]
     return first, rows
 
 
-def leave(message: str) -> NoReturn:
+def leave() -> NoReturn:
     """End this process now, with status 1, so that the others learn of it: the usual end would wait for them."""
-    print(message, file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(1)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import json
 import math
 import signal
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -39,7 +41,7 @@ from bm_jax.loss import LossSums
 from bm_jax.metrics import MetricsWriter, ProgressBar, device_peak_flops, model_flops_per_token, read_metrics
 from bm_jax.model import count_parameters
 from bm_jax.optimizer import make_optimizer
-from bm_jax.processes import AnyProcess, from_first, global_array, is_first, own_rows
+from bm_jax.processes import AnyProcess, from_first, global_array, is_first, own_rows, require_shared
 from bm_jax.sharding import BATCH_AXES, batch_sharding, make_mesh, with_shardings
 from bm_jax.train_step import TrainState, init_state, make_eval_step, make_train_step, state_shardings
 
@@ -79,12 +81,19 @@ def fit(config: Config, *, resume_from: int | None = None) -> Result:
         CheckpointError: checkpoints cannot be read, have another shape, or cannot be written.
         NonFiniteError: training diverged; the last checkpoint is untouched.
     """
+    with Interrupt() as interrupt:
+        return _fit(config, resume_from, interrupt)
+
+
+def _fit(config: Config, resume_from: int | None, interrupt: Interrupt) -> Result:
     tune_allocator()
+    resume_from = from_first(lambda: resume_from)  # no other process may think otherwise
     directory = Path(config.run.directory)
     mesh = make_mesh(config.mesh)
     _check_batch(config, mesh)
     data = open_data(config.data, config.model.vocab_size)
     with lock_run_directory(directory) if is_first() else contextlib.nullcontext(), jax.set_mesh(mesh):
+        require_shared(directory)
         _check_same_run(config, data, directory)
         run = Run(config, data, mesh)
         keep = {"keep_last": config.run.keep_last, "keep_every": config.run.keep_every}
@@ -98,13 +107,12 @@ def fit(config: Config, *, resume_from: int | None = None) -> Result:
             with (
                 MetricsWriter(directory, first) if is_first() else Silent() as writer,
                 ProgressBar(config.run.steps, first) if is_first() else Silent() as bar,
-                Interrupt() as interrupt,
             ):
                 run.announce(bar, first)
                 with data_errors(checkpoints):
                     state = run.train(state, position, checkpoints, writer, bar, interrupt)
                 checkpoints.wait()
-        return run.finish(state, interrupt.number)
+        return run.finish(state)
 
 
 @contextlib.contextmanager
@@ -148,6 +156,7 @@ class Run:
         self.last_validation: tuple[int, float | None] = (-1, None)
         self.last_state: TrainState | None = None
         self.input_seconds = 0.0
+        self.interrupted_by: int | None = None
         self.watch = DataWatch(data.files(), Path(config.run.directory))
 
     def start(self, checkpoints: Checkpoints, step: int | None = None) -> tuple[TrainState, dict[str, Any] | None]:
@@ -189,9 +198,11 @@ class Run:
         batches = self.data.train_batches(process_index=self.first_row // self.rows, process_count=size // self.rows)
         if position is not None:
             batches.set_state(position)
+        folder = Path(self.config.run.directory) / "profile"
+        profile = Profile(folder, int(state.step) + PROFILE_AFTER, self.config.run.profile_steps)
         while True:
             try:
-                return self._train(state, batches, checkpoints, writer, bar, interrupt)
+                return self._train(state, batches, checkpoints, writer, bar, interrupt, profile)
             except NonFiniteError as error:
                 checkpoints.wait()
                 if not rewinds or from_first(checkpoints.latest_step) is None:
@@ -200,6 +211,9 @@ class Run:
             rewinds -= 1
             jax.tree.map(lambda leaf: leaf.delete(), self.last_state)  # no room for both may be left
             state, position = self.start(checkpoints)
+            state = dataclasses.replace(
+                state, skipped_in_row=jnp.zeros_like(state.skipped_in_row)
+            )  # the data of that streak are left out
             self._log_skipped(int(state.step), position, batches.get_state(), reason, bar)
             writer.rewind(int(state.step))
 
@@ -221,14 +235,17 @@ class Run:
         writer: MetricsWriter,
         bar: ProgressBar,
         interrupt: Interrupt,
+        profile: Profile,
     ) -> TrainState:
         """Step until the end or an interrupt. What step k - 1 measured is fetched while step k runs."""
         run, any_process = self.config.run, AnyProcess(self.mesh)
-        profile = Profile(Path(run.directory) / "profile", int(state.step) + PROFILE_AFTER, run.profile_steps)
         rates = self._rates(time.perf_counter())
         waiting: tuple[int, dict[str, Any]] | None = None
         saved = step = int(state.step)
-        while step < run.steps and not any_process(bool(interrupt)):
+        while step < run.steps:
+            if number := any_process(interrupt.number or 0):
+                self.interrupted_by = number
+                break
             before = time.perf_counter()
             batch = self._place(next(batches), self.first_row)
             self.input_seconds += time.perf_counter() - before
@@ -236,7 +253,7 @@ class Run:
             row: dict[str, Any] = {}
             if step % run.report_every == 0 or step == run.steps:
                 row = self._report(state, batch)
-            with profile.around(step):
+            with profile.around(step, state):
                 state, metrics = self.train_step(state, batch)
             self.last_state = state
             if waiting is not None:
@@ -251,7 +268,7 @@ class Run:
                 writer.sync()
                 self._save(checkpoints, state, step, batches)
                 saved = step
-        profile.stop()
+        profile.stop(state)
         if waiting is not None:
             self._write(*waiting, writer, bar, next(rates))
         if step > saved:
@@ -324,7 +341,7 @@ class Run:
             losses |= {f"validation_loss/{name}": _mean(sums) for name, sums in totals.items()}
         return losses
 
-    def finish(self, state: TrainState, interrupted_by: int | None) -> Result:
+    def finish(self, state: TrainState) -> Result:
         """Draw the pictures and generate a sample."""
         config, directory = self.config, Path(self.config.run.directory)
         step = int(state.step)
@@ -333,10 +350,10 @@ class Run:
         if finished and measured != step:  # nothing was left to train
             loss = self.validate(state, step).get("validation_loss")
         if not is_first():
-            return Result(step, finished, loss if finished else None, None, interrupted_by)
+            return Result(step, finished, loss if finished else None, None, self.interrupted_by)
         if not finished:
-            print(f"\nStopped after step {step}; the checkpoint is saved.")
-            return Result(step, False, None, None, interrupted_by)
+            print(f"\nStopped after step {step}; " + ("the checkpoint is saved." if step else "there is nothing to save."))
+            return Result(step, False, None, None, self.interrupted_by)
         from bm_jax.plots import plot_expert_load, plot_losses
 
         metrics = read_metrics(directory)
@@ -387,19 +404,20 @@ class Profile:
         self._directory, self._first, self._end = directory, first, first + steps
         self._running = False
 
-    def around(self, step: int) -> contextlib.AbstractContextManager[Any]:
-        """To be entered for each step, with its number."""
+    def around(self, step: int, before: TrainState) -> contextlib.AbstractContextManager[Any]:
+        """To be entered for each step, with its number and the state before it."""
         if self._first <= step < self._end and not self._running:
             jax.profiler.start_trace(str(self._directory))
             self._running = True
         elif step >= self._end:
-            self.stop()
+            self.stop(before)
         return jax.profiler.StepTraceAnnotation("train", step_num=step)
 
-    def stop(self) -> None:
-        """Write what was recorded, if anything was."""
+    def stop(self, state: TrainState) -> None:
+        """Write what was recorded until this state, if anything was."""
         if self._running:
             self._running = False
+            jax.block_until_ready(state)
             jax.profiler.stop_trace()
 
 

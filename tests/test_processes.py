@@ -151,6 +151,31 @@ def test_sigterm_to_the_launcher_saves_and_ends_with_status_zero(alone, tmp_path
     assert (directory / "checkpoints" / stopped[1]).is_dir()
 
 
+def test_directories_that_are_not_shared_are_refused(tmp_path):
+    """Two processes whose run directories have one name for each of them, as on two hosts without a shared file system."""
+    address = f"127.0.0.1:{free_port()}"
+    processes = []
+    for number in range(2):
+        (tmp_path / str(number)).mkdir()
+        own = environment(**dict(zip(VARIABLES, (address, "2", str(number)), strict=True)), PYTHONPATH=str(ROOT))
+        words = [sys.executable, str(ROOT / "train.py"), *command(Path("run"), STEPS)[1:]]
+        options = {"cwd": tmp_path / str(number), "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        processes.append(subprocess.Popen(words, env=own, **options))
+    said = end(processes)
+    assert [process.returncode for process in processes] == [1, 1], said
+    assert all("processes 1 do not see the folder" in text for text in said), said
+
+
+def test_sigterm_to_one_process_stops_all_of_them_with_status_zero(alone, tmp_path):
+    directory = tmp_path / "run"
+    processes = start(directory, 2, steps=100_000)
+    wait_for_step(directory, 7, processes)
+    processes[1].send_signal(signal.SIGTERM)
+    said = end(processes, timeout=60)
+    assert [process.returncode for process in processes] == [0, 0], said
+    assert "the checkpoint is saved" in said[0]
+
+
 def test_what_is_missing_or_wrong_is_named(monkeypatch):
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)

@@ -231,7 +231,7 @@ def open_prepared(
             dtype = np.dtype(manifest.dtype).newbyteorder("<")
             _require_size(path, shard.tokens * dtype.itemsize)
             _require_size(path.with_suffix(".ends"), shard.documents * ENDS_DTYPE.itemsize)
-            ends = np.memmap(path.with_suffix(".ends"), ENDS_DTYPE, "r")
+            ends = np.fromfile(path.with_suffix(".ends"), ENDS_DTYPE)  # not a map, see `FileNumbers`
             if shard.max_id >= limit:
                 raise DataError(f"{path} contains token id {shard.max_id}, but the model has ids 0 to {limit - 1}")
             if int(ends[-1]) != shard.tokens:

@@ -36,6 +36,8 @@ WARPS = THREADS // WARP
 VECTOR = 8
 """Elements of a row that a lane takes at a time."""
 LOG2E = math.log2(math.e)
+X_BYTES = 210 * 1024
+"""Of a block's shared memory of 227 KiB, what a product's factors may have."""
 COPIED_BYTES = 160 * 1024
 """Of a block's shared memory of 227 KiB, what weights copied ahead may have."""
 COLUMNS = 128
@@ -507,6 +509,11 @@ def refusal(sizes: Sizes) -> str | None:
         return f"every width must be a multiple of {VECTOR}"
     if any(total < s.blocks for total in (s.width, s.inner, *s.hidden.values())):
         return f"each of {s.blocks} blocks needs a part of every width"
+    widest = max((s.width, s.inner, *s.hidden.values()))
+    if 4 * s.batch * widest + 2 * s.copied > X_BYTES:
+        return f"{s.batch} tokens of {widest} numbers do not fit a block's shared memory"
+    if "mamba" in s.kinds and s.batch * s.columns > WARPS * s.blocks:
+        return f"{s.batch * s.columns} columns of x_proj are more than the {WARPS} warps of {s.blocks} blocks"
     if max(share(s.inner) * max(s.states, 8), share(s.width), *(share(width) for width in s.hidden.values())) > THREADS:
         return f"a block has {THREADS} lanes for its share of the channels"
     return None
