@@ -99,7 +99,7 @@ def _fit(config: Config, resume_from: int | None, interrupt: Interrupt) -> Resul
         keep = {"keep_last": config.run.keep_last, "keep_every": config.run.keep_every}
         with Checkpoints(directory / "checkpoints", **keep) as checkpoints:
             with data_errors(checkpoints):
-                run.watch.begin() if is_first() else None
+                run.begin_watch() if is_first() else None
             state, position = run.start(checkpoints, resume_from)
             first = int(state.step)
             if first < config.run.steps and is_first():
@@ -152,12 +152,10 @@ class Run:
         self.train_step = jax.jit(make_train_step(config, optimizer), donate_argnums=0, out_shardings=(shardings, everywhere))
         self.eval_step = jax.jit(make_eval_step(config), out_shardings=everywhere)
         self.batch_sharding = batch_sharding(mesh)
-        self.first_row, self.rows = own_rows(self.batch_sharding, (config.data.batch_size, config.data.sequence_length + 1))
         self.last_validation: tuple[int, float | None] = (-1, None)
         self.last_state: TrainState | None = None
         self.input_seconds = 0.0
         self.interrupted_by: int | None = None
-        self.watch = DataWatch(data.files(), Path(config.run.directory))
 
     def start(self, checkpoints: Checkpoints, step: int | None = None) -> tuple[TrainState, dict[str, Any] | None]:
         """The state to go on from and the data position, from the checkpoint of `step`, the newest one, or the start."""
@@ -173,6 +171,11 @@ class Run:
                 state = state.replace(params=read_parameters(self.config.run.init_from, self.abstract.params))
             return state, None
         return restored.state, restored.data_state
+
+    def begin_watch(self) -> None:
+        """Look whether the data are those of the run, from now on at every save."""
+        self.watch = DataWatch(self.data.files(), Path(self.config.run.directory))
+        self.watch.begin()
 
     def announce(self, bar: ProgressBar, first: int) -> None:
         """Say what is about to run."""
@@ -195,7 +198,8 @@ class Run:
     ) -> TrainState:
         """Step until the end or an interrupt; after a divergence go back as often as `run.rewinds` allows."""
         size, rewinds = self.config.data.batch_size, self.config.run.rewinds
-        batches = self.data.train_batches(process_index=self.first_row // self.rows, process_count=size // self.rows)
+        self.first_row, rows = own_rows(self.batch_sharding, (size, self.config.data.sequence_length + 1))
+        batches = self.data.train_batches(process_index=self.first_row // rows, process_count=size // rows)
         if position is not None:
             batches.set_state(position)
         folder = Path(self.config.run.directory) / "profile"
