@@ -69,7 +69,7 @@ def main() -> int:
     except KeyboardInterrupt:
         failed("\nStopped; the same command goes on from the last checkpoint.")
         return 130
-    except Exception:
+    except Exception:  # a defect; other processes of the run must learn of it as well
         failed(traceback.format_exc())
         return 1
     if not is_first():
