@@ -51,7 +51,7 @@ def main() -> int:
     """Run; errors of the user's making end in one clear message and status 1."""
     try:
         config = parse(sys.argv[1:])
-        options = own_options(sys.argv[1:])
+        options, _ = own_parser().parse_known_args(sys.argv[1:])
         connect(options.coordinator, options.processes, options.process, cluster=options.distributed)
         result = fit(config, resume_from=options.resume_from)
     except (ConfigError, RunDirectoryError, CheckpointError, NonFiniteError) as error:
@@ -82,11 +82,6 @@ def main() -> int:
     print(f"Continue: {shlex.join(['python', sys.argv[0], *arguments])}")
     # Who sends SIGTERM asks for an orderly end, and got it.
     return 0 if result.finished or result.interrupted_by == signal.SIGTERM else 130
-
-
-def own_options(arguments: list[str]) -> argparse.Namespace:
-    """What is asked of this start and is no field of the configuration."""
-    return own_parser().parse_known_args(arguments)[0]
 
 
 def own_parser() -> argparse.ArgumentParser:

@@ -45,10 +45,10 @@ def run(command: list[str], total: int, *, one_gpu_each: bool) -> int:
     """Run `command` as `total` processes that know of each other; the status of the first that failed, or 0."""
     address = f"127.0.0.1:{free_port()}"
     started: list[subprocess.Popen[bytes]] = []
-    asked: list[int] = []
+    asked: list[tuple[int, int]] = []
 
     def pass_on(number: int, frame: object) -> None:
-        asked.append(number)
+        asked.append((number, len(started)))
         for process in started:
             process.send_signal(number)
 
@@ -64,9 +64,14 @@ def run(command: list[str], total: int, *, one_gpu_each: bool) -> int:
 
 
 def start_and_wait(
-    command: list[str], total: int, address: str, one_gpu_each: bool, started: list[subprocess.Popen[bytes]], asked: list[int]
+    command: list[str],
+    total: int,
+    address: str,
+    one_gpu_each: bool,
+    started: list[subprocess.Popen[bytes]],
+    asked: list[tuple[int, int]],
 ) -> int:
-    """Start them into `started`, and wait; signals that came meanwhile, in `asked`, reach those started after them too."""
+    """Start them into `started`, and wait. Signals in `asked`, each with how many there were to get it, reach the others."""
     for number in range(total):
         own = dict(zip(VARIABLES, (address, str(total), str(number)), strict=True))
         own |= {LOCAL_DEVICES: str(number)} if one_gpu_each else {}
@@ -77,10 +82,9 @@ def start_and_wait(
     marked = [threading.Thread(target=mark, args=(number, process.stderr)) for number, process in enumerate(started) if number]
     for thread in marked:
         thread.start()
-
-    if asked:
-        for process in started:
-            process.send_signal(asked[0])
+    for number, reached in list(asked):  # a second SIGINT would end a process that is saving
+        for process in started[reached:]:
+            process.send_signal(number)
     status = wait(started)
     for thread in marked:
         thread.join(timeout=5)
@@ -93,14 +97,18 @@ def wait(started: list[subprocess.Popen[bytes]]) -> int:
     while any(process.poll() is None for process in started):
         for number, process in enumerate(started):
             if process.returncode and not status:
-                status = process.returncode if process.returncode > 0 else 128 - process.returncode
+                status = shell_status(process.returncode)
                 end = time.monotonic() + GRACE_SECONDS
                 print(f"launch: process {number} ended with status {status}; ending the others", file=sys.stderr, flush=True)
         if end is not None and time.monotonic() > end:
             break
         time.sleep(0.1)
-    failed = [process.returncode for process in started if process.returncode]
-    return status or (0 if not failed else failed[0] if failed[0] > 0 else 128 - failed[0])
+    return status or next((shell_status(process.returncode) for process in started if process.returncode), 0)
+
+
+def shell_status(returncode: int) -> int:
+    """As a shell says it: 128 and the signal's number where a signal ended the process."""
+    return returncode if returncode >= 0 else 128 - returncode
 
 
 def mark(number: int, stream: IO[bytes] | None) -> None:

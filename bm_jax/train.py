@@ -426,18 +426,15 @@ class Profile:
 
 
 class Interrupt:
-    """True once SIGINT or SIGTERM has arrived; a second SIGINT interrupts at once. A context manager.
+    """Catches SIGINT and SIGTERM; a second SIGINT interrupts at once. A context manager.
 
-    Outside the main thread signals cannot be caught, and it stays False.
+    Outside the main thread signals cannot be caught, and `number` stays None.
     """
 
     def __init__(self) -> None:
         self.number: int | None = None
-        """Of the signal."""
+        """Of the signal that arrived last."""
         self._previous: dict[int, Any] = {}
-
-    def __bool__(self) -> bool:
-        return self.number is not None
 
     def __enter__(self) -> Interrupt:
         if threading.current_thread() is threading.main_thread():
