@@ -54,10 +54,8 @@ def main() -> int:
         options, _ = own_parser().parse_known_args(sys.argv[1:])
         connect(options.coordinator, options.processes, options.process, cluster=options.distributed)
         result = fit(config, resume_from=options.resume_from)
-    except (ConfigError, RunDirectoryError, CheckpointError, NonFiniteError) as error:
-        return failed(f"error: {error}")
-    except OSError as error:
-        return failed(f"error: {error}. Checkpoints already saved are intact; run the same command again once this is fixed.")
+    except (ConfigError, RunDirectoryError, CheckpointError, NonFiniteError, OSError) as error:
+        return failed(f"error: {with_notes(error)}")
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1:
             raise
@@ -82,6 +80,11 @@ def main() -> int:
     print(f"Continue: {shlex.join(['python', sys.argv[0], *arguments])}")
     # Who sends SIGTERM asks for an orderly end, and got it.
     return 0 if result.finished or result.interrupted_by == signal.SIGTERM else 130
+
+
+def with_notes(error: Exception) -> str:
+    """The message and what was noted with it, such as the last good step."""
+    return ". ".join(part.rstrip(".") for part in (str(error), *getattr(error, "__notes__", ()))) + "."
 
 
 def own_parser() -> argparse.ArgumentParser:

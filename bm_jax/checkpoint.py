@@ -79,7 +79,8 @@ def lock_run_directory(path: str | os.PathLike) -> Iterator[Path]:
         file = open(path / ".lock", "a+")  # noqa: SIM115 (closed below)
     except OSError as error:
         raise RunDirectoryError(
-            f"cannot use the run directory {path}: {error.strerror}. Set run.directory to a folder you can write to."
+            f"cannot use the run directory {path}: {error.strerror}. Set run.directory to a folder you can write to. "
+            f"{_last_good(path / 'checkpoints')}."
         ) from error
     with file:
         try:
@@ -260,9 +261,7 @@ class Checkpoints:
 
     def intact(self) -> str:
         """What an error is to say about the steps that are safe."""
-        latest = self.latest_step()
-        good = "No checkpoint has been saved yet" if latest is None else f"The last good step is {latest}"
-        return f"{good}; run again with the same command once this is fixed."
+        return f"{_last_good(self.directory)}; run again with the same command once this is fixed."
 
     def _remove_leftovers(self) -> None:
         for entry in sorted(self.directory.glob(f"*{PARTIAL}*")):
@@ -306,6 +305,11 @@ def _steps(directory: Path) -> list[int]:
     if not directory.is_dir():
         return []
     return sorted(int(entry.name) for entry in directory.iterdir() if entry.name.isdecimal() and entry.is_dir())
+
+
+def _last_good(directory: Path) -> str:
+    latest = max(_steps(directory), default=None)
+    return "No checkpoint has been saved yet" if latest is None else f"The last good step is {latest}"
 
 
 def _newest_good(directory: Path) -> tuple[int | None, list[int]]:

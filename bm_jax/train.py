@@ -17,6 +17,7 @@ import contextlib
 import ctypes
 import dataclasses
 import json
+import logging
 import math
 import signal
 import threading
@@ -30,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from bm_jax.checkpoint import Checkpoints, lock_run_directory
+from bm_jax.checkpoint import CheckpointError, Checkpoints, lock_run_directory
 from bm_jax.config import Config, ConfigError, to_dict
 from bm_jax.data.errors import DataError
 from bm_jax.data.pipeline import Data, open_data
@@ -44,6 +45,8 @@ from bm_jax.optimizer import make_optimizer
 from bm_jax.processes import AnyProcess, from_first, global_array, is_first, own_rows, require_shared
 from bm_jax.sharding import BATCH_AXES, batch_sharding, make_mesh, with_shardings
 from bm_jax.train_step import TrainState, init_state, make_eval_step, make_train_step, state_shardings
+
+logger = logging.getLogger(__name__)
 
 SKIPPED = "skipped_data.jsonl"
 """In the run directory: the data that each rewind left out, as positions of the data iterator."""
@@ -98,7 +101,7 @@ def _fit(config: Config, resume_from: int | None, interrupt: Interrupt) -> Resul
         run = Run(config, data, mesh)
         keep = {"keep_last": config.run.keep_last, "keep_every": config.run.keep_every}
         with Checkpoints(directory / "checkpoints", **keep) as checkpoints:
-            with data_errors(checkpoints):
+            with naming_the_last_good_step(checkpoints):
                 run.begin_watch() if is_first() else None
             state, position = run.start(checkpoints, resume_from)
             first = int(state.step)
@@ -109,19 +112,24 @@ def _fit(config: Config, resume_from: int | None, interrupt: Interrupt) -> Resul
                 ProgressBar(config.run.steps, first) if is_first() else Silent() as bar,
             ):
                 run.announce(bar, first)
-                with data_errors(checkpoints):
+                with naming_the_last_good_step(checkpoints):
                     state = run.train(state, position, checkpoints, writer, bar, interrupt)
                 checkpoints.wait()
         return run.finish(state)
 
 
 @contextlib.contextmanager
-def data_errors(checkpoints: Checkpoints) -> Iterator[None]:
-    """Add to errors in the data which step is safe."""
+def naming_the_last_good_step(checkpoints: Checkpoints) -> Iterator[None]:
+    """Note with errors of the data, the files and the numbers which step is safe."""
     try:
         yield
-    except DataError as error:
-        raise DataError(f"{str(error).rstrip('.')}. {checkpoints.intact()}") from error
+    except (DataError, NonFiniteError, OSError) as error:
+        try:
+            checkpoints.wait()  # the save in progress may be the last good one
+        except CheckpointError as failure:
+            logger.error("%s", failure)
+        error.add_note(checkpoints.intact())
+        raise
 
 
 class Silent:
@@ -327,7 +335,7 @@ class Run:
                 f"the loss or gradient was not finite, or larger than optimizer.skip_norm_above, for {in_row} steps in a row "
                 f"(step {step - in_row + 1} to {step}, "
                 f"last objective {row['objective']}); those updates were skipped. Lower optimizer.learning_rate, or look "
-                "at the data of these steps. The last checkpoint is untouched."
+                "at the data of these steps."
             )
 
     def validate(self, state: TrainState, step: int) -> dict[str, float]:

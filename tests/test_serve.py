@@ -505,12 +505,12 @@ def test_bodies_that_are_too_long(strict):
     for content in (long, iter([long[:9000], long[9000:]])):  # announced, and in chunks of unknown number
         error = error_of(httpx.post(f"{strict.url}/v1/completions", content=content), 413)
         assert error["message"] == "the body is longer than 10000 bytes"
-    head = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 99999999999\r\n\r\n"
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999999999\r\n\r\n"
     assert exchange(strict.address, head).startswith(b"HTTP/1.1 413")
 
 
 def test_bodies_and_heads_that_do_not_arrive(strict):
-    head = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\n"
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n"
     for data in (b"", b"POST /v1/comp", head, head + b'{"prompt": '):
         began = time.monotonic()
         received = exchange(strict.address, data)
@@ -545,7 +545,7 @@ def test_a_full_queue_and_an_answer_that_takes_too_long(strict):
 def test_a_client_that_leaves_frees_its_slots(running, stream):
     cancelled = running.metric("bm_jax_engine_cancelled_total")
     body = json.dumps({"prompt": "a", "n": 6, "stream": stream} | LONG).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n".encode()
     with socket.create_connection(running.address) as connection:
         connection.sendall(head + body)
         running.wait_for("bm_jax_engine_active", 4)
@@ -648,13 +648,20 @@ def test_a_name_that_is_not_this_machine_s_is_refused(running, host, status):
         assert response.status_code == status
 
 
+def test_a_refused_request_is_not_waited_for(running):
+    began = time.monotonic()
+    received = exchange(running.address, b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\n{")
+    assert received.startswith(b"HTTP/1.1 403")
+    assert time.monotonic() - began < 10
+
+
 def test_a_client_that_does_not_read_is_cut_off(strict):
     """Answers that are asked for again and again and never read: the connection ends with the time for a request."""
     with socket.create_connection(strict.address, timeout=60) as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         with contextlib.suppress(ConnectionError, TimeoutError):
             for _ in range(2000):
-                connection.sendall(b"GET / HTTP/1.1\r\nHost: here\r\n\r\n" * 10)
+                connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" * 10)
         end = time.monotonic() + 60
         while strict.server.server_state.connections and time.monotonic() < end:
             time.sleep(0.1)
@@ -663,7 +670,7 @@ def test_a_client_that_does_not_read_is_cut_off(strict):
 
 def test_half_a_body_does_not_hold_up_the_end(model):
     with serving(model, shutdown_seconds=0) as running, socket.create_connection(running.address, timeout=60) as connection:
-        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: here\r\nContent-Length: 100\r\n\r\n{")
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
         running.wait_for("bm_jax_engine_active", 0)
         began = time.monotonic()
         running.server.should_exit = True

@@ -73,6 +73,19 @@ class Gate:
         except ValueError:
             return False
 
+    def _refusal(self, headers: Headers, path: str) -> ApiError | None:
+        """Why a request gets no answer. Its body is not read, so the connection ends."""
+        end = {"Connection": "close"}
+        if self._from_elsewhere(headers):
+            return ApiError(403, "a page of another site may not use this server", code="origin", headers=end)
+        if self._only_local and not self._is_local(headers):
+            message = "this server answers to localhost and 127.0.0.1 alone; give it an API key to reach it by another name"
+            return ApiError(403, message, code="host", headers=end)
+        if path in OPEN_PATHS or self._allows(headers.get("authorization", "")):
+            return None
+        message = "this server needs an API key: send the header 'Authorization: Bearer KEY'"
+        return ApiError(401, message, code="invalid_api_key", headers=end | {"WWW-Authenticate": "Bearer"})
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
@@ -85,20 +98,9 @@ class Gate:
                 message["headers"] = [*message.get("headers", ()), (b"x-content-type-options", b"nosniff")]
             await send(message)
 
-        headers = Headers(scope=scope)
+        refused = self._refusal(Headers(scope=scope), scope["path"])
         try:
-            if self._from_elsewhere(headers):
-                message = "a page of another site may not use this server"
-                await error_response(ApiError(403, message, code="origin"))(scope, receive, counted)
-            elif self._only_local and not self._is_local(headers):
-                message = "this server answers to localhost and 127.0.0.1 alone; give it an API key to reach it by another name"
-                await error_response(ApiError(403, message, code="host"))(scope, receive, counted)
-            elif scope["path"] in OPEN_PATHS or self._allows(headers.get("authorization", "")):
-                await self._app(scope, receive, counted)
-            else:
-                message = "this server needs an API key: send the header 'Authorization: Bearer KEY'"
-                refused = ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
-                await error_response(refused)(scope, receive, counted)
+            await (error_response(refused) if refused else self._app)(scope, receive, counted)
         finally:
             path = getattr(scope.get("route"), "path", "other")
             self._metrics.responses.labels(path, status or "gone").inc()

@@ -1,8 +1,9 @@
-"""A run that suffers every fault of `harness.py`, killed three times."""
+"""A run that suffers every fault of `disturb.py`, killed three times."""
 
 from __future__ import annotations
 
 import contextlib
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 from bm_jax.metrics import read_metrics
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from harness import Run, prepare, suffer
+from disturb import Run, prepare, suffer
 
 
 @pytest.mark.slow
@@ -40,6 +41,24 @@ def test_a_full_disk_stops_the_run_and_room_lets_it_go_on(tmp_path, small_disk):
     run.finish()
     objectives = lambda run: [(row["step"], row["objective"]) for row in run.history()]  # noqa: E731
     assert objectives(run) == objectives(undisturbed)
+
+
+@pytest.mark.slow
+def test_a_read_only_run_directory_is_named_and_left_alone(tmp_path, small_disk):
+    data = prepare(tmp_path)
+    run = Run(small_disk / "run", data, 30)
+    run.finish(steps=20)
+    history = run.history()
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    said = run.finish(expect=1)
+    assert f"cannot use the run directory {run.directory}: Read-only file system" in said
+    assert "The last good step is 20." in said
+    assert "Traceback" not in said
+    subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
+    assert run.history() == history
+    run.finish()
+    assert run.history()[:20] == history
+    assert run.checkpoints()[-1] == 30
 
 
 @pytest.mark.slow
