@@ -237,7 +237,7 @@ class LanguageModel:
 
     def save_state(self, kept: State, file: str | os.PathLike[str]) -> None:
         """Write a state to a file, all or nothing; a file of that name is replaced."""
-        state.save(kept, file, self._digest)
+        state.save(kept, file, self.digest)
 
     def load_state(self, file: str | os.PathLike[str]) -> State:
         """Read a state that `save_state` of this model wrote.
@@ -245,10 +245,11 @@ class LanguageModel:
         Raises:
             ConfigError: it is damaged, or of another model, or not there.
         """
-        return state.load(file, unrolled(self.config), self._digest)
+        return state.load(file, unrolled(self.config), self.digest)
 
     @cached_property
-    def _digest(self) -> str:
+    def digest(self) -> str:
+        """Tells this model from others, see `bm_jax.state.model_digest`."""
         return state.model_digest(self.parameters, self.config)
 
     def generate(
@@ -449,12 +450,10 @@ def pieces(rows: Sequence[Sequence[int]], batch: int, piece: int, least: int) ->
         start += size
 
 
-def inference_parameters(
-    parameters: Parameters, config: ModelConfig, weights: Literal["int8"] | None = None
-) -> tuple[Parameters, Parameters]:
-    """Parameters of `unrolled(config)` and of the unembedding, cast to the compute dtype where that changes nothing.
+def compute_parameters(parameters: Parameters, config: ModelConfig, weights: Literal["int8"] | None = None) -> Parameters:
+    """Parameters cast to the compute dtype where that changes nothing, on the device.
 
-    With weights "int8" the kernels of products are `bm_jax.quantize.Quantized`.
+    With weights "int8" the kernels of products are `bm_jax.quantize.Quantized`; they must be those of single layers (`unroll`).
     """
     dtype = jnp.dtype(config.compute_dtype)
 
@@ -464,13 +463,19 @@ def inference_parameters(
             return kernel
         return leaf.astype(dtype) if path[-1].key in COMPUTE_KERNELS else leaf
 
-    parameters = unroll(parameters, config)
-    parameters = jax.tree_util.tree_map_with_path(place, parameters)
+    return jax.tree_util.tree_map_with_path(place, parameters)
+
+
+def inference_parameters(
+    parameters: Parameters, config: ModelConfig, weights: Literal["int8"] | None = None
+) -> tuple[Parameters, Parameters]:
+    """`compute_parameters` of `unrolled(config)`, and of the unembedding alone, all in the compute dtype."""
+    parameters = compute_parameters(unroll(parameters, config), config, weights)
     # The residual stream starts from the embedding as it is; as an unembedding it is used in the compute dtype.
     name = "embedding" if config.tie_embeddings else "unembedding"
     if weights == "int8":
         return parameters, {name: quantize(parameters[name], axes=(1,)) if config.tie_embeddings else parameters[name]}
-    return parameters, {name: parameters[name].astype(dtype)}
+    return parameters, {name: parameters[name].astype(config.compute_dtype)}
 
 
 @partial(jax.jit, static_argnames=("config",))
