@@ -1,7 +1,8 @@
 """Time to generate against length, as the figure of BlackMamba (arXiv 2402.01771): four models of one active size.
 
-    python benchmarks/latency_curve.py --png latency.png --json latency.json --budget 25      # one GPU, under two minutes
-    python benchmarks/latency_curve.py --shrink 16 --lengths 64 128 256 512                   # a CPU, small models
+    python benchmarks/latency_curve.py --json latency.json --budget 25           # one GPU, under two minutes
+    python -m experiments.figures.generation_time --metrics latency.json         # draws it
+    python benchmarks/latency_curve.py --shrink 16 --lengths 64 128 256 512      # a CPU, small models
 
 BlackMamba 340M/1.5B, Mamba, a Transformer-MoE and a Transformer, with random weights in the compute dtype of their presets, one
 after the other, each alone in memory. The prompt is one token; tokens are drawn by the library's loop (`decoding.decode`,
@@ -40,7 +41,6 @@ from bm_jax.model import Parameters, count_parameters, init_parameters
 FIRST_ROOM = 256
 STRIDE = 256
 """Tokens between two looks at the clock."""
-COLORS = {"blackmamba": "black", "mamba": "tab:blue", "transformer_moe": "tab:orange", "transformer": "tab:red"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +60,6 @@ class Options:
     shrink: int = 1
     """Divide the models' sizes by this."""
     json: Path | None = None
-    png: Path | None = None
 
 
 class Curve(NamedTuple):
@@ -107,8 +106,6 @@ def main(options: Options) -> None:
             "machine": machine(),
         }
         options.json.write_text(json.dumps(values, indent=2, default=str) + "\n", encoding="utf-8")
-    if options.png is not None:
-        draw(curves, options, options.png)
 
 
 def shrunk(model: ModelConfig, by: int) -> ModelConfig:
@@ -229,31 +226,6 @@ def table(curves: dict[str, Curve]) -> str:
             each = ", ".join(f"{ratio:.2f} at {length}" for length, ratio in ratios.items())
             lines.append(f"{name} takes times {first}'s: {each}")
     return "\n".join(lines)
-
-
-def draw(curves: dict[str, Curve], options: Options, path: Path) -> None:
-    """The curves as a picture."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for name, curve in curves.items():
-        color = next((COLORS[key] for key in COLORS if name.startswith(key)), None)
-        label = f"{name} ({curve.active / 1e6:,.3g} M active)"
-        left.plot([0, *curve.seconds], [0, *curve.seconds.values()], marker="o", markersize=4, color=color, label=label)
-        per_token = {length: 1e3 * seconds for length, seconds in curve.per_token().items()}
-        right.plot([*per_token], [*per_token.values()], marker="o", markersize=4, color=color, label=label)
-    left.set(title="Time to generate", xlabel="tokens", ylabel="seconds", xlim=0, ylim=0)
-    right.set(title="Time of a token", xlabel="tokens so far", ylabel="milliseconds", ylim=0)
-    right.set_xscale("log", base=2)
-    right.set_xticks(options.lengths, [f"{n // 1024}k" if n % 1024 == 0 else str(n) for n in options.lengths])
-    right.minorticks_off()
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(color="0.92")
-    left.legend(frameon=False, fontsize=9)
-    figure.suptitle(f"{jax.devices()[0].device_kind}, batch {options.batch}, one-token prompt", fontsize=10)
-    figure.savefig(path, dpi=150)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,10 @@ SOURCES = {
     for folder in ("bm_jax", "pallas_kernels", "configs", "convert")
     for path in sorted((ROOT / folder).rglob("*.py"))
 }
-SCRIPTS = {module_name(path): path for path in [ROOT / "train.py", *sorted((ROOT / "benchmarks").glob("*.py"))]}
+SCRIPTS = {
+    module_name(path): path
+    for path in [ROOT / "train.py", *sorted((ROOT / "benchmarks").glob("*.py")), *sorted((ROOT / "experiments").rglob("*.py"))]
+}
 
 
 @functools.cache
@@ -96,7 +99,7 @@ def test_converters_see_only_what_a_model_directory_is(name):
 @pytest.mark.parametrize("name", SOURCES)
 def test_nothing_imports_the_script_or_the_tests(name):
     for imported in imports(SOURCES[name]):
-        assert not within(imported, "train", "tests", "benchmarks"), imported
+        assert not within(imported, "train", "tests", "benchmarks", "experiments"), imported
         assert not within(imported, "convert") or within(name, "convert"), imported
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import importlib.util
 import json
@@ -160,20 +161,88 @@ def test_the_table_says_which_is_fastest_where(script):
 
 def test_the_latency_curve_runs(script, tmp_path, capsys):
     latency_curve = script("latency_curve")
-    files = {"json": tmp_path / "latency.json", "png": tmp_path / "latency.png"}
-    presets = ("blackmamba_340m_1p5b", "transformer_moe")
-    latency_curve.main(latency_curve.Options(presets=presets, lengths=(16, 48), shrink=32, repeats=2, **files))
-    values = json.loads(files["json"].read_text())
+    path, presets = tmp_path / "latency.json", ("blackmamba_340m_1p5b", "transformer_moe")
+    latency_curve.main(latency_curve.Options(presets=presets, lengths=(16, 48), shrink=32, repeats=2, json=path))
+    values = json.loads(path.read_text())
     assert list(values["curves"]) == list(presets)
     for curve in values["curves"].values():
         assert list(curve["seconds"]) == ["16", "48"]
         assert curve["passes"] == 2
         assert curve["active"] < curve["total"]
     assert set(values["fastest"].values()) <= set(presets)
-    assert files["png"].read_bytes().startswith(b"\x89PNG")
     assert "fastest" in capsys.readouterr().out
+    picture(tmp_path, "generation_time", path)
     with pytest.raises(SystemExit, match="increasing multiples"):
         latency_curve.main(latency_curve.Options(lengths=(16, 20)))
+
+
+def test_a_context_is_read_as_the_library_reads_it(script):
+    context_length = script("context_length")
+    model = script("latency_curve").shrunk(configs.load("jamba").model, 32)
+    model = dataclasses.replace(model, layers=("mamba", "moe", "attention", "mlp"), vocab_size=257, compute_dtype="float32")
+    whole = jax.jit(init_parameters, static_argnums=0)(model, jax.random.key(0))
+    parameters = jax.jit(context_length.make, static_argnums=0)(model)
+    programs = context_length.compile_reading(model, {8: 16, 16: 16}, 8)
+    assert programs[8] is programs[16]
+    ids, unrolled = np.arange(16, dtype=np.int32)[None], context_length.unrolled(model)
+    fresh = functools.partial(context_length.state.empty, unrolled, 1, 16)
+    times, read = context_length.read_often(programs[16], parameters, fresh, ids, 8, 3, math.inf)
+    assert len(times) == 3
+    assert min(times) > 0
+    wanted = LanguageModel(model, jax.device_get(whole), ByteTokenizer()).prefill([ids[0].tolist()])
+    assert int(read.read[0]) == 16
+    np.testing.assert_allclose(read.hidden, wanted.hidden, atol=1e-5)
+    held = context_length.state.size_in_bytes(read) + sum(leaf.nbytes for leaf in jax.tree.leaves(parameters))
+    assert context_length.size_of(programs[16]) > 0.8 * held
+    times, read = context_length.read_often(programs[16], parameters, fresh, ids.repeat(32, axis=1), 8, 3, 0.0)
+    assert len(times) == 1
+    assert read is None, "the budget is looked at within a reading, too"
+
+
+def test_the_context_length_benchmark_runs(script, tmp_path, monkeypatch, capsys):
+    context_length, path = script("context_length"), tmp_path / "context.json"
+    small = {"shrink": 32, "piece": 16, "attention_piece": 8, "lengths": (16, 48), "attention_lengths": (16, 32), "repeats": 1}
+    presets = ("blackmamba_340m_1p5b", "transformer")
+    for preset in presets:
+        context_length.main(context_length.Options(presets=(preset,), json=path, **small))
+    with pytest.raises(SystemExit, match="measured with other settings"):
+        context_length.main(context_length.Options(presets=presets, json=path, **small | {"repeats": 2}))
+    values = json.loads(path.read_text())
+    assert list(values["curves"]) == list(presets)
+    ours, peer = values["curves"].values()
+    assert list(ours["points"]["seconds"]) == ["16", "48"]
+    assert len(set(ours["points"]["state"].values())) == 1, "what is kept does not grow"
+    assert peer["points"]["state"]["32"] > 1.5 * peer["points"]["state"]["16"]
+    for curve in (ours, peer):
+        assert curve["stopped"] is None
+        assert min(curve["points"]["program"].values()) > curve["size"]
+    assert "tokens/s" in capsys.readouterr().out
+    picture(tmp_path, "context_length", path)
+    monkeypatch.setattr(context_length, "memory", lambda: 1000)
+    stopped = context_length.measure("transformer", context_length.Options(**small))
+    assert stopped.points == {}
+    assert stopped.stopped.startswith("16 tokens do not fit: ")
+    with pytest.raises(SystemExit, match="increasing multiples of the piece, 1024"):
+        context_length.main(context_length.Options(lengths=(1000,)))
+
+
+def picture(folder, name, path):
+    """A benchmark's metrics are what the figure of that name takes."""
+    environment = os.environ | {"PYTHONPATH": str(BENCHMARKS.parent)}
+    command = [
+        sys.executable,
+        "-W",
+        "error",
+        "-m",
+        f"experiments.figures.{name}",
+        "--metrics",
+        str(path),
+        "--output",
+        str(folder),
+    ]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_operations_of_a_train_step_belong_to_parts_that_have_floors(script):

@@ -1,0 +1,212 @@
+"""What is learned from the same text: BlackMamba, Mamba, Transformer, Transformer-MoE and MoE-Mamba, at one active size.
+
+    python -m experiments.learning data/corpus --output runs/learning --devices 4        # GPUs of one host
+    python -m experiments.learning data/corpus --output runs/tiny --tiny --steps 40      # a CPU, models of no use
+
+`data/corpus` is a folder made by `python -m bm_jax.data prepare` with GPT-NeoX's tokenizer. First each system tries three
+learning rates for a quarter of the steps and keeps its best. Then all are trained on the same number of tokens: BlackMamba and
+Mamba with two seeds, and BlackMamba also with other numbers of experts and other routers, at BlackMamba's rate. A best rate at
+the edge of the three is said. Each run is a process on one device; what is done is kept in `--output`, so the same command goes
+on where it stopped. At the end everything measured is written to `--metrics`, which figures are drawn from, and the table is
+printed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+import queue
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from bm_jax.data.shards import read_manifest, write_durably
+from experiments.figures.metrics import STORED
+from experiments.one_run import Plan
+from experiments.systems import SYSTEMS, VARIANTS
+
+METRICS = STORED / "learning.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    data: tyro.conf.Positional[str]
+    """A prepared folder."""
+    output: str = "runs/learning"
+    """Where runs and results are kept."""
+    metrics: Path = METRICS
+    """JSON file of all results."""
+    steps: int = 2400
+    """Of a whole run: at 32 windows of 1,024 tokens, 79 M tokens."""
+    rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
+    """Learning rates that each system chooses from."""
+    seeds: tuple[int, ...] = (0, 1)
+    """The second one and later are for BlackMamba and Mamba alone."""
+    systems: tuple[str, ...] = (*SYSTEMS, *VARIANTS)
+    """Those trained; variants take the rate of BlackMamba."""
+    devices: int = 1
+    """Runs at once, each on a GPU of its own where there are GPUs."""
+    keep: bool = False
+    """Keep the checkpoints of the chosen runs with the first seed."""
+    sequence_length: int = 1024
+    batch_size: int = 32
+    tiny: bool = False
+    """Models that a CPU can train in seconds: to see that all works."""
+
+
+def main(options: Options) -> None:
+    """Train what is not trained yet, write the metrics, print the table."""
+    unknown = sorted(set(options.systems) - set(SYSTEMS) - set(VARIANTS))
+    if unknown:
+        raise SystemExit(f"--systems: there is no {', '.join(unknown)}; there are {', '.join(SYSTEMS | VARIANTS)}")
+    read_manifest(options.data)
+    folder = Path(options.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    tried = run_all([plan for name in options.systems if name in SYSTEMS for plan in trials(options, name)], options)
+    chosen = {name: min((one for one in tried if one["plan"]["system"] == name), key=final)["plan"]["learning_rate"]
+              for name in options.systems if name in SYSTEMS}  # fmt: skip
+    for name, rate in chosen.items():
+        edge = rate in (min(options.rates), max(options.rates))
+        print(f"{name}: learning rate {rate:g}" + (", at the edge of those tried" if edge else ""), flush=True)
+    runs = run_all([plan for name in options.systems for plan in whole_runs(options, name, chosen)], options)
+    write_durably(options.metrics, json.dumps({"rates": [brief(one) for one in tried], "runs": runs}) + "\n")
+    print(f"\n{table(runs)}\n")
+    for line in findings(runs):
+        print(line)
+
+
+def trials(options: Options, name: str) -> list[Plan]:
+    """A quarter of the steps with each learning rate."""
+    return [plan_of(options, name, options.seeds[0], rate, max(1, options.steps // 4)) for rate in options.rates]
+
+
+def whole_runs(options: Options, name: str, chosen: dict[str, float]) -> list[Plan]:
+    """The runs that count."""
+    if name in VARIANTS and "blackmamba" not in chosen:
+        raise SystemExit(f"--systems: {name} takes the learning rate of blackmamba, which is not among them")
+    seeds = options.seeds if name in ("blackmamba", "mamba") else options.seeds[:1]
+    return [plan_of(options, name, seed, chosen.get(name, chosen.get("blackmamba", 0.0)), options.steps) for seed in seeds]
+
+
+def plan_of(options: Options, name: str, seed: int, rate: float, steps: int) -> Plan:
+    """One run."""
+    directory = f"{name}-{rate:g}-seed{seed}-{steps}"
+    return Plan(
+        name, seed, rate, steps, str(Path(options.data).resolve()), str(Path(options.output).resolve() / directory),
+        sequence_length=options.sequence_length, batch_size=options.batch_size, tiny=options.tiny,
+    )  # fmt: skip
+
+
+def run_all(plans: Sequence[Plan], options: Options) -> list[dict[str, Any]]:
+    """The results of all plans, those of earlier calls read from their files; errors are raised when all have ended."""
+    devices: queue.Queue[int] = queue.Queue()
+    for number in range(options.devices):
+        devices.put(number)
+
+    def run(plan: Plan) -> dict[str, Any] | str:
+        result = Path(f"{plan.directory}.json")
+        if not result.exists():
+            device = devices.get()
+            try:
+                environment = os.environ | ({"CUDA_VISIBLE_DEVICES": str(device)} if options.devices > 1 else {})
+                command = [sys.executable, "-m", "experiments.one_run", json.dumps(dataclasses.asdict(plan)), str(result)]
+                with open(f"{plan.directory}.log", "w", encoding="utf-8") as log:
+                    status = subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT).returncode
+            finally:
+                devices.put(device)
+            if status:
+                return f"{plan.system} with rate {plan.learning_rate:g} and seed {plan.seed} failed: see {plan.directory}.log"
+            print(f"{Path(plan.directory).name}: {final(json.loads(result.read_text())):.4f} bits a byte", flush=True)
+        kept = options.keep and plan.seed == options.seeds[0] and plan.steps == options.steps
+        if not kept:
+            shutil.rmtree(Path(plan.directory) / "checkpoints", ignore_errors=True)
+        return json.loads(result.read_text())
+
+    with ThreadPoolExecutor(options.devices) as pool:
+        results = list(pool.map(run, plans))
+    failed = [one for one in results if isinstance(one, str)]
+    if failed:
+        raise SystemExit("\n".join(failed))
+    return [one for one in results if not isinstance(one, str)]
+
+
+def final(result: dict[str, Any]) -> float:
+    """Bits a byte at the end."""
+    return result["validation"][-1]["bits_per_byte"]
+
+
+def brief(result: dict[str, Any]) -> dict[str, Any]:
+    """What is kept of a trial."""
+    return {
+        "system": result["plan"]["system"],
+        "learning_rate": result["plan"]["learning_rate"],
+        "bits_per_byte": final(result),
+    }
+
+
+def table(runs: Sequence[dict[str, Any]]) -> str:
+    """A row a system, in Markdown: means over seeds."""
+    lines = [
+        "| system | seeds | rate | parameters | active, no embeddings | bits a byte | tokens/s | PFLOP | minutes |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name in dict.fromkeys(one["plan"]["system"] for one in runs):
+        of = [one for one in runs if one["plan"]["system"] == name]
+        first, ends = of[0], [final(one) for one in of]
+        last = first["validation"][-1]
+        each = "" if len(of) == 1 else f" ({', '.join(f'{end:.4f}' for end in ends)})"
+        lines.append(
+            f"| {name} | {len(of)} | {first['plan']['learning_rate']:g} | {first['parameters'] / 1e6:.1f} M | "
+            f"{first['active_without_embeddings'] / 1e6:.1f} M | {sum(ends) / len(ends):.4f}{each} | "
+            f"{first['tokens_per_second']:,.0f} | {last['flops'] / 1e15:,.1f} | {last['seconds'] / 60:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def findings(runs: Sequence[dict[str, Any]]) -> list[str]:
+    """The sentences that the runs allow: steps to Mamba's final loss, and the balance of the experts at the end."""
+    found = []
+    mean = {name: mean_curve([one for one in runs if one["plan"]["system"] == name]) for name in ("blackmamba", "mamba")}
+    if all(mean.values()):
+        share = steps_to(mean["blackmamba"], mean["mamba"][-1][1])
+        steps = mean["mamba"][-1][0]
+        found.append(
+            "BlackMamba does not reach dense Mamba's final loss in as many steps."
+            if share is None
+            else f"BlackMamba reaches dense Mamba's final loss after {share:,.0f} of {steps:,} steps, 1/{steps / share:.2f}."
+        )
+    for one in runs:
+        if one["expert_load"] and one["plan"]["seed"] == runs[0]["plan"]["seed"]:
+            end = one["expert_load"][-1]
+            busiest = {how: max(max(layer) * len(layer) for layer in end[how]) for how in ("training", "inference")}
+            found.append(
+                f"{one['plan']['system']}: busiest expert of any layer at the end, of an equal share: "
+                f"{busiest['training']:.2f} in training, {busiest['inference']:.2f} in inference routing."
+            )
+    return found
+
+
+def mean_curve(runs: Sequence[dict[str, Any]]) -> list[tuple[int, float]]:
+    """Step and bits a byte, the mean over seeds."""
+    curves = [{point["step"]: point["bits_per_byte"] for point in one["validation"]} for one in runs]
+    return [(step, sum(curve[step] for curve in curves) / len(curves)) for step in (curves[0] if curves else ())]
+
+
+def steps_to(curve: Sequence[tuple[int, float]], loss: float) -> float | None:
+    """The step at which a curve reaches a loss, between its points by a straight line; None if it does not."""
+    for (start, before), (end, after) in itertools.pairwise(curve):
+        if after <= loss:
+            return float(end) if before <= after else start + (end - start) * (before - loss) / (before - after)
+    return None
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))

@@ -1,0 +1,155 @@
+"""One training run of `experiments.learning`, in a process of its own.
+
+    python -m experiments.one_run '{"system": "mamba", "seed": 0, ...}' RESULT.json
+
+The first argument has the fields of `Plan`; what was measured is written to the file, when the run is at its end.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bm_jax.config import Config, DataConfig, MeshConfig, OptimizerConfig, RunConfig, from_dict
+from bm_jax.data.shards import open_prepared, write_durably
+from bm_jax.data.tokenizer import load_tokenizer
+
+SNAPSHOTS = 20
+"""How often a run looks at held-out text and at the load of its experts."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What one run trains."""
+
+    system: str
+    """Of `experiments.systems`."""
+    seed: int
+    learning_rate: float
+    steps: int
+    data: str
+    """A prepared folder."""
+    directory: str
+    """Of the run."""
+    sequence_length: int = 1024
+    batch_size: int = 32
+    held_out_tokens: int = 500_000
+    """Of held-out text, about, that each validation reads."""
+    tiny: bool = False
+    """A model that a CPU can train in seconds."""
+
+
+def config_of(plan: Plan) -> Config:
+    """The whole configuration of a run."""
+    from experiments.systems import SYSTEMS, VARIANTS, tiny
+
+    model = (SYSTEMS | VARIANTS)[plan.system]
+    every = max(1, plan.steps // SNAPSHOTS)
+    return Config(
+        model=tiny(model) if plan.tiny else model,
+        data=DataConfig(
+            sources=(plan.data,),
+            tokenizer=plan.data,
+            sequence_length=plan.sequence_length,
+            batch_size=plan.batch_size,
+            seed=plan.seed,
+        ),
+        optimizer=OptimizerConfig(learning_rate=plan.learning_rate, warmup_steps=max(1, plan.steps // 20)),
+        mesh=MeshConfig(data=1),
+        run=RunConfig(
+            directory=plan.directory,
+            steps=plan.steps,
+            report_every=every,
+            eval_every=every,
+            eval_batches=max(1, plan.held_out_tokens // (plan.sequence_length * plan.batch_size)),
+            checkpoint_every=max(1, plan.steps // 2),
+            keep_last=1,
+            sample_tokens=0,
+            seed=plan.seed,
+        ),
+    )
+
+
+def train(plan: Plan) -> dict[str, Any]:
+    """Train, or go on, or find that all is trained; what was measured."""
+    import jax
+
+    from bm_jax import fit
+    from bm_jax.metrics import model_flops_per_token, read_metrics
+    from bm_jax.model import count_parameters
+    from experiments.systems import active_without_embeddings
+
+    config = config_of(plan)
+    result = fit(config)
+    if not result.finished:
+        raise SystemExit(f"{plan.directory}: stopped after step {result.step}")
+    rows = read_metrics(plan.directory)
+    tokens = plan.sequence_length * plan.batch_size
+    flops = model_flops_per_token(config.model, plan.sequence_length)
+    bytes_a_token = held_out_bytes_a_token(plan.data)
+    # The first steps compile, and a step with a report or a validation waits for it: the median is what training takes.
+    step_seconds = tokens / float(np.median([row["tokens_per_second"] for row in rows]))
+    count = count_parameters(config.model)
+    return {
+        "plan": dataclasses.asdict(plan) | {"data": Path(plan.data).name, "directory": Path(plan.directory).name},
+        "device": jax.devices()[0].device_kind,
+        "parameters": count.total,
+        "active": count.active,
+        "active_without_embeddings": active_without_embeddings(config.model),
+        "flops_per_token": flops,
+        "tokens_per_step": tokens,
+        "tokens_per_second": tokens / step_seconds,
+        "bytes_per_token": bytes_a_token,
+        "validation": [
+            {
+                "step": row["step"],
+                "tokens": row["step"] * tokens,
+                "flops": row["step"] * tokens * flops,
+                "seconds": row["step"] * step_seconds,
+                "nats_per_token": row["validation_loss"],
+                "bits_per_byte": row["validation_loss"] / math.log(2) / bytes_a_token,
+            }
+            for row in rows
+            if "validation_loss" in row
+        ],
+        "expert_load": [
+            {
+                "step": row["step"],
+                "training": _rounded(row["expert_load_training"]),
+                "inference": _rounded(row["expert_load"]),
+                "dropped": _rounded(row["dropped"]),
+            }
+            for row in rows
+            if "expert_load" in row
+        ],
+    }
+
+
+def held_out_bytes_a_token(folder: str) -> float:
+    """Bytes of the held-out documents' text over their tokens, the end of each among them, as the loss counts them."""
+    tokenizer = load_tokenizer(folder)
+    stream = open_prepared(folder, tokenizer)["validation"]
+    tokens, _ = stream.read(0, stream.tokens)
+    return len(tokenizer.decode(tokens[tokens != tokenizer.end_of_document]).encode()) / stream.tokens
+
+
+def _rounded(values: Any) -> Any:
+    return np.round(np.asarray(values, np.float64), 4).tolist()
+
+
+def main() -> None:
+    """The command."""
+    plan, result = from_dict(Plan, json.loads(sys.argv[1])), Path(sys.argv[2])
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    write_durably(result, json.dumps(train(plan)) + "\n")
+
+
+if __name__ == "__main__":
+    main()

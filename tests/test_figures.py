@@ -1,0 +1,259 @@
+"""Every figure is built from kept and from tiny metrics, can be read in black and white, and names what is wrong in a file."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import json
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+import pytest
+
+from experiments import sinkhorn_convergence
+from experiments.figures import context_length, generation_time, metrics, scan_floors, scan_log, style
+from experiments.figures import sinkhorn_convergence as sinkhorn_figure
+
+ROOT = Path(__file__).resolve().parent.parent
+
+GENERATION = {
+    "curves": {
+        "blackmamba_340m_1p5b": {"active": 9, "seconds": {"16": 0.5, "32": 1.0}, "per_token": {"16": 0.03, "32": 0.04}},
+        "mamba": {"active": 8, "seconds": {"16": 0.75}, "per_token": {"16": 0.05}},
+        "transformer": {"active": 8, "seconds": {}, "per_token": {}},
+    },
+    "settings": {"batch": 2, "shrink": 32},
+    "device": "a small machine",
+}
+POINTS = {
+    "seconds": {"64": 0.5, "128": 2.0},
+    "state": {"64": 2048, "128": 2048},
+    "program": {"64": 1 << 20, "128": 1 << 20},
+    "peak": {"64": None, "128": None},
+}
+CONTEXT = {
+    "curves": {
+        "blackmamba_340m_1p5b": {"active": 9, "points": POINTS | {"peak": {"64": 3 << 20}}, "stopped": None},
+        "jamba": {"active": 8, "points": POINTS | {"state": {"64": 4096, "128": 8192}}, "stopped": "256 tokens do not fit"},
+    },
+    "settings": {"piece": 64, "attention_piece": 32, "shrink": 32},
+    "device": "cpu",
+}
+BALANCE = {"deviation": [0.5, 0.1, 0.00001], "load": [2.0, 1.5, 1.0]}
+SINKHORN = {
+    "experts": 4, "temperature": 0.5, "default_iterations": 1, "batches": {"64": 3}, "iterations": [0, 1, 2],
+    "curves": {"plain": {"64": BALANCE}, "centred": {"64": BALANCE}},
+}  # fmt: skip
+COST = {"device": "some card", "goal": 0.02, "share": {"forward + backward": [0.01], "forward alone": [0.03]}}
+SCAN_LOG = """Some card: 3e+12 exponentials and 2e+12 bytes a second
+2,64,32 x 16 states, bfloat16
+  pallas_tpu: cannot serve this call
+  forward            pallas_gpu           0.400 ms (0.319 to 0.353)  50.0% of floor  memory 1.01
+  forward + backward pallas_gpu           1.000 ms (1.470 to 1.514)  25.0% of floor   40.83x xla  memory 1.26
+2,64,32, 4 taps, bfloat16; a copy takes 0.083 ms
+  forward               0.098 ms (0.095 to 0.108)  84.6% of floor
+2,64,32 x 16 states, bfloat16
+  forward            pallas_gpu           0.900 ms (0.319 to 0.353)  20.0% of floor  memory 1.01
+  forward            triton_gpu           0.700 ms (0.319 to 0.353)  28.0% of floor  memory 1.01
+"""
+PEER = {
+    "milliseconds": {"2,64,32": {"forward": 0.8, "forward + backward": 3.25}, "9,9,9": {"forward": 1, "forward + backward": 2}}
+}
+FIGURES = {
+    "generation_time": (generation_time, {"metrics": GENERATION}),
+    "context_length": (context_length, {"metrics": CONTEXT}),
+    "sinkhorn_convergence": (sinkhorn_figure, {"metrics": SINKHORN, "cost": COST}),
+    "scan_floors": (scan_floors, {"metrics": SCAN_LOG, "peer": PEER}),
+}
+STORED_TEXTS = {
+    "generation_time": [
+        "BlackMamba 8.94 s",
+        "Transformer-MoE 40.5 s",
+        "Mamba 0.61 ms",
+        "milliseconds a token",
+        "16k",
+        "NVIDIA H100",
+    ],
+    "context_length": ["BlackMamba", "Jamba", "Transformer", "tokens read", "on a CPU", "shrunk"],
+    "sinkhorn_convergence": ["centred, 512 tokens", "plain, 16,384 tokens", "iterations", "0.8%", "4.3%", "goal: at most 2%"],
+    "scan_floors": ["pallas_gpu", "triton_gpu", "mamba_ssm", "0.346", "0.738", "28.7", "1 x 65,536 x 2,304", "floor"],
+}
+TINY_TEXTS = {
+    "generation_time": ["BlackMamba 1 s", "Mamba 50.00 ms", "a small machine, batch 2", "divided by 32"],
+    "context_length": [
+        "BlackMamba 2 KiB",
+        "Jamba 8 KiB",
+        "Jamba: 256 tokens do not fit.",
+        "shrunk 32 times",
+        "compiling included: BlackMamba 3 MiB.",
+    ],
+    "sinkhorn_convergence": ["centred, 64 tokens", "plain, 64 tokens", "some card", "1.0%"],
+    "scan_floors": ["0.400", "0.700", "0.800", "1.00", "3.25", "2 x 64 x 32", "Some card"],
+}
+
+
+def write(folder: Path, files: dict[str, dict | str]) -> list[str]:
+    """The inputs of a figure as files, and the options that name them."""
+    arguments = []
+    for option, value in files.items():
+        path = folder / f"{option}.txt"
+        path.write_text(value if isinstance(value, str) else json.dumps(value), encoding="utf-8")
+        arguments += [f"--{option}", str(path)]
+    return arguments
+
+
+def build(name: str, folder: Path, arguments: list[str]) -> tuple[Path, Path]:
+    FIGURES[name][0].main([*arguments, "--output", str(folder)])
+    return folder / f"{name}.png", folder / f"{name}.svg"
+
+
+@pytest.mark.parametrize("stored", [True, False], ids=["stored", "tiny"])
+@pytest.mark.parametrize("name", FIGURES)
+def test_a_figure_is_drawn_with_its_labels_and_without_colour(name, stored, tmp_path, capsys):
+    arguments = [] if stored else write(tmp_path, FIGURES[name][1])
+    picture, drawing = build(name, tmp_path / "pictures", arguments)
+    assert capsys.readouterr().out.split() == [str(picture), str(drawing)]
+    pixels = matplotlib.image.imread(picture)[..., :3]
+    assert min(pixels.shape[:2]) > 300
+    assert 0.005 < (pixels < 0.5).mean() < 0.3, "neither blank nor black"
+    np.testing.assert_array_equal(pixels, pixels[..., :1].repeat(3, axis=2))
+    text = drawing.read_text(encoding="utf-8")
+    for label in (STORED_TEXTS if stored else TINY_TEXTS)[name]:
+        assert f"{label}" in text, label
+    assert "<dc:date>" not in text
+    if not stored:
+        again = build(name, tmp_path / "again", arguments)[1]
+        assert again.read_bytes() == drawing.read_bytes()
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_lines_of_a_panel_differ_in_dashes_and_markers(name):
+    module = FIGURES[name][0]
+    stored = {"metrics": metrics.STORED / f"{name}.json"}
+    if name == "sinkhorn_convergence":
+        stored["cost"] = metrics.STORED / "sinkhorn_cost.json"
+    elif name == "scan_floors":
+        stored = {"metrics": scan_floors.LOG, "peer": metrics.STORED / "mamba_ssm.json"}
+    figure = module.draw(**stored)
+    drawn = 0
+    for axes in figure.axes:
+        lines = [line for line in axes.get_lines() if not line.get_label().startswith("_")]
+        drawn += len(lines)
+        for one, other in itertools.combinations(lines, 2):
+            assert one.get_marker() != other.get_marker(), (one.get_label(), other.get_label())
+            if one.get_linestyle() != "None":
+                assert one._dash_pattern != other._dash_pattern, (one.get_label(), other.get_label())
+    assert drawn >= 4
+
+
+def test_models_and_other_lines_are_told_apart_without_colour():
+    for lines in (style.MODELS.values(), style.OTHERS):
+        for one, other in itertools.combinations(lines, 2):
+            assert one.dashes != other.dashes
+            assert one.marker != other.marker
+        assert all(float(line.grey) <= 0.5 for line in lines)
+    assert style.line("blackmamba_630m_2p8b") == style.line("blackmamba_340m_1p5b")
+    assert style.line("transformer_moe").label == "Transformer-MoE"
+    assert style.line("moe_mamba").label == "MoE-Mamba"
+    with pytest.raises(ValueError, match="no line is set for a model named 'transformers'"):
+        style.line("transformers")
+    with pytest.raises(ValueError, match="one more: 'seventh'"):
+        style.other_line(6, "seventh")
+
+
+def test_labels_are_moved_apart_and_no_further_than_needed():
+    assert style.spread([0.1, 0.5, 0.9], 0.1) == [0.1, 0.5, 0.9]
+    np.testing.assert_allclose(style.spread([0.5, 0.5], 0.1), [0.45, 0.55])
+    np.testing.assert_allclose(
+        style.spread([0.2, 0.5, 0.51, 0.53], 0.1), [0.2, 0.51333 - 0.1, 0.51333, 0.51333 + 0.1], atol=1e-4
+    )
+    np.testing.assert_allclose(style.spread([0.5, 0.52, 0.65], 0.1), [0.45667, 0.55667, 0.65667], atol=1e-4)
+    assert [style.short(n) for n in (256, 1000, 1024, 131072, 1 << 20)] == ["256", "1,000", "1k", "128k", "1M"]
+
+
+def without(value: dict, *keys: str) -> dict:
+    """A copy of nested objects without one key."""
+    first, *others = keys
+    if others:
+        return value | {first: without(value[first], *others)}
+    return {key: kept for key, kept in value.items() if key != first}
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "value", "message"),
+    [
+        ("generation_time", "metrics", without(GENERATION, "settings", "batch"), "settings/batch is missing; there are shrink"),
+        ("generation_time", "metrics", GENERATION | {"curves": {}}, "curves is empty"),
+        ("generation_time", "metrics", GENERATION | {"curves": [1]}, "curves should be an object, is list"),
+        ("generation_time", "metrics", without(GENERATION, "curves", "mamba", "seconds"), "curves/mamba/seconds is missing"),
+        ("generation_time", "metrics", "{", "not JSON"),
+        ("generation_time", "metrics", "[1]", "should be a JSON object, is list"),
+        ("context_length", "metrics", without(CONTEXT, "curves", "jamba", "points", "state"), "jamba/points/state is missing"),
+        ("context_length", "metrics", CONTEXT | {"settings": {"shrink": "x"}}, "settings/shrink should be a number, is str"),
+        ("sinkhorn_convergence", "metrics", SINKHORN | {"iterations": [1]}, "curves/centred/64/deviation has 3 values, not 1"),
+        ("sinkhorn_convergence", "cost", without(COST, "goal"), "goal is missing; there are device, share"),
+        ("scan_floors", "metrics", "nothing", "no device line as benchmarks/selective_scan.py prints it"),
+        ("scan_floors", "peer", {"milliseconds": {"9,9,9": {}}}, "pallas_gpu has no row of both passes at a shape of"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_a_file_is_said_with_its_name_and_key(name, option, value, message, tmp_path):
+    files = FIGURES[name][1] | {option: value}
+    with pytest.raises(SystemExit) as error:
+        build(name, tmp_path, write(tmp_path, files))
+    assert message in str(error.value)
+    assert str(error.value).startswith(f"{name}: ")
+    assert f"{option}.txt" in str(error.value)
+    assert not list(tmp_path.glob("*.png"))
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_a_file_that_is_not_there_is_named(name, tmp_path):
+    with pytest.raises(SystemExit, match=r"missing\.json: no metrics can be read: No such file"):
+        build(name, tmp_path, ["--metrics", str(tmp_path / "missing.json")])
+
+
+def test_numbers_that_are_not_finite_are_refused(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text('{"a": NaN, "b": [1, Infinity], "c": true, "d": {"x": 1}}')
+    read = metrics.read(path)
+    for key, call in (("a", read.number), ("b", read.numbers), ("c", read.number), ("d", read.series)):
+        with pytest.raises(metrics.MetricsError, match=rf"a\.json: {key} should"):
+            call(key)
+
+
+def test_the_log_of_the_scan_is_read_row_by_row(tmp_path):
+    path = tmp_path / "scan.log"
+    path.write_text(SCAN_LOG)
+    log = scan_log.read_scan_log(path)
+    assert log.devices == ("Some card",)
+    assert [(row.of, row.implementation, row.milliseconds) for row in log.rows] == [
+        ("forward", "pallas_gpu", 0.4),
+        ("forward + backward", "pallas_gpu", 1.0),
+        ("forward", "pallas_gpu", 0.9),
+        ("forward", "triton_gpu", 0.7),
+    ]
+    assert log.rows[0].floor == pytest.approx(0.2)
+    first = scan_floors.first_rows(log.rows)["2,64,32", "forward", "pallas_gpu"]
+    assert (first.milliseconds, first.states, first.dtype) == (0.4, 16, "bfloat16")
+
+
+def test_the_centred_start_is_ahead_and_the_figure_takes_what_is_measured(tmp_path):
+    measured = sinkhorn_convergence.measure({32: 3}, experts=4, iterations=(0, 2, 40))
+    plain, centred = (measured["curves"][start]["32"]["deviation"] for start in sinkhorn_convergence.STARTS)
+    assert centred[0] < plain[0]
+    assert centred[1] < plain[1]
+    assert max(plain[2], centred[2]) < 1e-3
+    arguments = write(tmp_path, {"metrics": measured, "cost": COST})
+    assert "centred, 32 tokens" in build("sinkhorn_convergence", tmp_path, arguments)[1].read_text(encoding="utf-8")
+
+
+def test_stored_metrics_say_where_copied_numbers_are_from():
+    for name in ("generation_time", "sinkhorn_cost", "mamba_ssm"):
+        assert "benchmarks/" in metrics.read(metrics.STORED / f"{name}.json").text("source")
+
+
+def test_every_module_of_a_figure_has_a_command():
+    for name in FIGURES:
+        module = importlib.import_module(f"experiments.figures.{name}")
+        assert f"python -m experiments.figures.{name}" in module.__doc__
