@@ -114,9 +114,10 @@ def shell_status(returncode: int) -> int:
 def mark(number: int, stream: IO[bytes] | None) -> None:
     """Copy a process's standard error to ours, each line with its number."""
     assert stream is not None
-    for line in stream:
-        sys.stderr.buffer.write(b"[%d] " % number + line)
-        sys.stderr.buffer.flush()
+    with stream:
+        for line in stream:
+            sys.stderr.buffer.write(b"[%d] " % number + line)
+            sys.stderr.buffer.flush()
 
 
 def free_port() -> int:

@@ -8,6 +8,7 @@ import math
 import os
 import sys
 import time
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
@@ -16,9 +17,13 @@ import numpy as np
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2
 from tensorboardX.summary import scalar
-from tqdm.auto import tqdm
+from tqdm import TqdmWarning
 
 from bm_jax.config import GATED_ACTIVATIONS, ModelConfig
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", TqdmWarning)  # where Jupyter has no ipywidgets the bar is drawn in text
+    from tqdm.auto import tqdm
 
 FILE = "metrics.jsonl"
 EVENTS: Any = event_pb2

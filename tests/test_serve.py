@@ -589,15 +589,6 @@ def test_metrics(running):
     assert running.metric("bm_jax_engine_generated_tokens_total") > 0
 
 
-def test_the_client_of_the_readme(running, model, capsys):
-    code = (ROOT / "README.md").read_text().split("```python\n")[-1].split("```")[0]
-    for name, value in (("http://127.0.0.1:8000", running.url), ('"default"', '"tiny"'), ("200", "20")):
-        assert name in code
-        code = code.replace(name, value)
-    exec(compile(code + "client.close()", "README.md", "exec"), {})
-    assert capsys.readouterr().out == model.generate("JULIET.\n", max_tokens=20, seed=1)[0].text
-
-
 def test_many_clients_get_what_they_get_alone(running):
     """The load test, short; it ends in an error when an answer differs."""
     command = [sys.executable, str(ROOT / "benchmarks" / "serve_load.py"), "--url", running.url]

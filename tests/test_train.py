@@ -227,18 +227,6 @@ def test_several_sources_are_mixed_and_validated_apart(tmp_path):
     assert min(parts) < row["validation_loss"] < max(parts)
 
 
-def test_the_quick_start_of_the_readme(tmp_path, monkeypatch):
-    blocks = (ROOT / "README.md").read_text().split("```python\n")[1:]
-    first, states, client = [block.split("```")[0] for block in blocks]
-    assert "OpenAI" in client  # test_serve.py runs it
-    code = first + states
-    assert "steps=200" in code
-    monkeypatch.chdir(tmp_path)
-    exec(compile(code.replace("steps=200", "steps=2"), "README.md", "exec"), {})
-    assert (tmp_path / "runs" / "first" / "losses.png").exists()
-    assert (tmp_path / "juliet.state").exists()
-
-
 def test_a_run_directory_in_use_is_refused(tmp_path):
     with lock_run_directory(tmp_path), pytest.raises(RunDirectoryError, match=f"in use by process {os.getpid()}"):
         fit(at(tmp_path))

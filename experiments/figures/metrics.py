@@ -61,6 +61,32 @@ class Metrics:
                 raise MetricsError(f"{self._where(key)} should hold finite numbers, holds {value!r}")
         return values
 
+    def objects(self, key: str, *, empty: bool = False) -> list[Metrics]:
+        """The list of objects of that key, at least one unless it may be `empty`."""
+        values = self._get(key, list, "a list of objects")
+        if not values and not empty:
+            raise MetricsError(f"{self._where(key)} is empty")
+        for value in values:
+            if not isinstance(value, dict):
+                raise MetricsError(f"{self._where(key)} should hold objects, holds {type(value).__name__}")
+        return [Metrics(self.path, value, (*self.keys, f"{key}[{number}]")) for number, value in enumerate(values)]
+
+    def lists(self, key: str) -> list[list[Metrics]]:
+        """The list of lists of objects of that key, none of them empty."""
+        values = self._get(key, list, "a list of lists of objects")
+        inner = [Metrics(self.path, {f"{key}[{n}]": value}, self.keys).objects(f"{key}[{n}]") for n, value in enumerate(values)]
+        if not inner:
+            raise MetricsError(f"{self._where(key)} is empty")
+        return inner
+
+    def rows(self, key: str) -> list[list[float]]:
+        """The list of equally long lists of finite numbers of that key."""
+        values = self._get(key, list, "a list of lists of numbers")
+        found = [Metrics(self.path, {str(n): row}, (*self.keys, key)).numbers(str(n)) for n, row in enumerate(values)]
+        if not found or len(set(map(len, found))) != 1:
+            raise MetricsError(f"{self._where(key)} should hold rows of one length")
+        return found
+
     def series(self, key: str) -> dict[int, float]:
         """The object of that key, whose keys are whole numbers and values finite numbers, in increasing order of keys."""
         found = self.at(key)

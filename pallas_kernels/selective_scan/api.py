@@ -97,6 +97,6 @@ def selective_scan(
 def explain_selective_scan(**arguments: Array | None) -> str:
     """What `selective_scan` would run for these array arguments and why, one line an implementation.
 
-    Takes the names of `selective_scan`'s arguments; `jax.ShapeDtypeStruct`s serve in the place of arrays.
+    Takes the names of `selective_scan`'s arguments; a `jax.ShapeDtypeStruct` serves in the place of an array.
     """
     return explain("selective_scan", IMPLEMENTATIONS, arguments)
