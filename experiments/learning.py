@@ -202,9 +202,11 @@ def mean_curve(runs: Sequence[dict[str, Any]]) -> list[tuple[int, float]]:
 
 def steps_to(curve: Sequence[tuple[int, float]], loss: float) -> float | None:
     """The step at which a curve reaches a loss, between its points by a straight line; None if it does not."""
+    if curve[0][1] <= loss:
+        return float(curve[0][0])
     for (start, before), (end, after) in itertools.pairwise(curve):
         if after <= loss:
-            return float(end) if before <= after else start + (end - start) * (before - loss) / (before - after)
+            return start + (end - start) * (before - loss) / (before - after)
     return None
 
 

@@ -12,7 +12,18 @@ import numpy as np
 import pytest
 
 from experiments import sinkhorn_convergence
-from experiments.figures import context_length, generation_time, metrics, scan_floors, scan_log, style
+from experiments.figures import (
+    context_length,
+    expert_balance,
+    expert_counts,
+    expert_specialisation,
+    generation_time,
+    loss_against_flops,
+    metrics,
+    scan_floors,
+    scan_log,
+    style,
+)
 from experiments.figures import sinkhorn_convergence as sinkhorn_figure
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,7 +71,42 @@ SCAN_LOG = """Some card: 3e+12 exponentials and 2e+12 bytes a second
 PEER = {
     "milliseconds": {"2,64,32": {"forward": 0.8, "forward + backward": 3.25}, "9,9,9": {"forward": 1, "forward + backward": 2}}
 }
+
+
+def learning_run(system: str, seed: int, end: float, layers: int, experts: int) -> dict:
+    points = range(1, 11)
+    busy = {"training": 1.1, "inference": 1.5} if system == "blackmamba" else {"training": 2.0, "inference": 2.0}
+    loads = {how: [[factor / experts] + [(1 - factor / experts) / (experts - 1)] * (experts - 1)] * layers
+             for how, factor in busy.items()} if layers else {}  # fmt: skip
+    return {
+        "plan": {"system": system, "seed": seed}, "device": "a small machine", "tokens_per_step": 512,
+        "active_without_embeddings": 2_000_000,
+        "validation": [
+            {"step": 10 * n, "flops": n * 1e14, "seconds": 6 * n, "bits_per_byte": end + 1 - n / 10} for n in points
+        ],
+        "expert_load": [{"step": 10 * n} | loads for n in points] if layers else [],
+    }  # fmt: skip
+
+
+ENDS = {
+    "mamba": (2.0, 0, 0), "transformer": (2.25, 0, 0), "transformer_moe": (1.875, 2, 8), "moe_mamba": (1.625, 2, 8),
+    "blackmamba_4_experts": (1.75, 2, 4), "blackmamba_16_experts": (1.375, 2, 16), "blackmamba_32_experts": (1.125, 2, 32),
+    "blackmamba_switch": (1.5, 2, 8), "blackmamba_unbalanced": (1.625, 2, 8),
+}  # fmt: skip
+TWICE = [learning_run("blackmamba", seed, end, 2, 8) for seed, end in ((0, 1.25), (1, 1.75))]
+LEARNING = {"runs": [*TWICE, *(learning_run(system, 0, *end) for system, end in ENDS.items())]}
+TOKENS = {
+    "model": "a model", "text": "some text", "tokens": 1000,
+    "layers": [
+        [{"share": 0.75, "top": [{"text": " the"}, {"text": "\n"}, {"text": "$x^2$ and so on"}]}, {"share": 0.25, "top": []}],
+        [{"share": 0.5, "top": [{"text": "a"}]}, {"share": 0.5, "top": [{"text": "b"}]}],
+    ],
+}  # fmt: skip
 FIGURES = {
+    "loss_against_flops": (loss_against_flops, {"metrics": LEARNING}),
+    "expert_counts": (expert_counts, {"metrics": LEARNING}),
+    "expert_balance": (expert_balance, {"metrics": LEARNING}),
+    "expert_specialisation": (expert_specialisation, {"metrics": TOKENS}),
     "generation_time": (generation_time, {"metrics": GENERATION}),
     "context_length": (context_length, {"metrics": CONTEXT}),
     "sinkhorn_convergence": (sinkhorn_figure, {"metrics": SINKHORN, "cost": COST}),
@@ -80,6 +126,16 @@ STORED_TEXTS = {
     "scan_floors": ["pallas_gpu", "triton_gpu", "mamba_ssm", "0.346", "0.738", "28.7", "1 x 65,536 x 2,304", "floor"],
 }
 TINY_TEXTS = {
+    "loss_against_flops": [
+        "BlackMamba 1.500",
+        "Transformer-MoE 1.875",
+        "training PFLOP",
+        "minutes",
+        "mean of 2 seeds: blackmamba",
+    ],
+    "expert_counts": ["BlackMamba 1.125", "Mamba, dense 2.000", "Sinkhorn 1.500", "switch without loss 1.625"],
+    "expert_balance": ["1.10", "1.50", "2.00", "Sinkhorn, in training", "Switch with loss"],
+    "expert_specialisation": ["75%", "\u2423the", "\u21b5", "$x^2$\u2423and\u2423so", "a model; 1,000 tokens of some text"],
     "generation_time": ["BlackMamba 1 s", "Mamba 50.00 ms", "a small machine, batch 2", "divided by 32"],
     "context_length": [
         "BlackMamba 2 KiB",
@@ -108,8 +164,7 @@ def build(name: str, folder: Path, arguments: list[str]) -> tuple[Path, Path]:
     return folder / f"{name}.png", folder / f"{name}.svg"
 
 
-@pytest.mark.parametrize("stored", [True, False], ids=["stored", "tiny"])
-@pytest.mark.parametrize("name", FIGURES)
+@pytest.mark.parametrize(("name", "stored"), [*((name, True) for name in STORED_TEXTS), *((name, False) for name in FIGURES)])
 def test_a_figure_is_drawn_with_its_labels_and_without_colour(name, stored, tmp_path, capsys):
     arguments = [] if stored else write(tmp_path, FIGURES[name][1])
     picture, drawing = build(name, tmp_path / "pictures", arguments)
@@ -127,11 +182,14 @@ def test_a_figure_is_drawn_with_its_labels_and_without_colour(name, stored, tmp_
         assert again.read_bytes() == drawing.read_bytes()
 
 
-@pytest.mark.parametrize("name", FIGURES)
-def test_lines_of_a_panel_differ_in_dashes_and_markers(name):
+@pytest.mark.parametrize("name", [name for name in FIGURES if name != "expert_specialisation"])
+def test_lines_of_a_panel_differ_in_dashes_and_markers(name, tmp_path):
     module = FIGURES[name][0]
     stored = {"metrics": metrics.STORED / f"{name}.json"}
-    if name == "sinkhorn_convergence":
+    if FIGURES[name][1]["metrics"] is LEARNING:
+        stored = {"metrics": tmp_path / "metrics.txt"}
+        write(tmp_path, FIGURES[name][1])
+    elif name == "sinkhorn_convergence":
         stored["cost"] = metrics.STORED / "sinkhorn_cost.json"
     elif name == "scan_floors":
         stored = {"metrics": scan_floors.LOG, "peer": metrics.STORED / "mamba_ssm.json"}
@@ -191,6 +249,12 @@ def without(value: dict, *keys: str) -> dict:
         ("generation_time", "metrics", "[1]", "should be a JSON object, is list"),
         ("context_length", "metrics", without(CONTEXT, "curves", "jamba", "points", "state"), "jamba/points/state is missing"),
         ("context_length", "metrics", CONTEXT | {"settings": {"shrink": "x"}}, "settings/shrink should be a number, is str"),
+        ("loss_against_flops", "metrics", {"runs": []}, "runs is empty"),
+        ("loss_against_flops", "metrics", {"runs": [without(LEARNING["runs"][2], "device")]}, "runs[0]/device is missing"),
+        ("expert_counts", "metrics", {"runs": LEARNING["runs"][:3]}, "runs: there is none of blackmamba_4_experts"),
+        ("expert_balance", "metrics", {"runs": [LEARNING["runs"][0] | {"expert_load": []}]}, "blackmamba has no expert_load"),
+        ("expert_specialisation", "metrics", TOKENS | {"layers": [[{"share": 2, "top": []}]]}, "should lie in 0 to 1, is 2"),
+        ("expert_specialisation", "metrics", TOKENS | {"layers": [1]}, "layers[0] should be a list of objects, is int"),
         ("sinkhorn_convergence", "metrics", SINKHORN | {"iterations": [1]}, "curves/centred/64/deviation has 3 values, not 1"),
         ("sinkhorn_convergence", "cost", without(COST, "goal"), "goal is missing; there are device, share"),
         ("scan_floors", "metrics", "nothing", "no device line as benchmarks/selective_scan.py prints it"),

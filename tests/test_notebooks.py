@@ -41,6 +41,9 @@ EXPECTED = (
     r"\s*\d+%\|.*\| \d+/\d+ \[.*\]\s*",
     r"[\d,]+ parameters, [\d,]+ active per token; .*",
     r"step \d+: validation loss [\d.]+ nats a token",
+    # Other libraries have tqdm say so, once, where Jupyter has no ipywidgets to draw a bar with.
+    r".*TqdmWarning: IProgress not found\. .*",
+    r"  from \.autonotebook import tqdm as notebook_tqdm",
 )
 """Lines that may stand on standard error; everything else there fails the test."""
 METADATA = {

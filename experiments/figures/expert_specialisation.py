@@ -20,6 +20,8 @@ from experiments.figures.metrics import STORED, MetricsError, read
 SHOWN = 5
 EXPERTS = 8
 """More have no room."""
+LONGEST = 14
+"""Characters of a token that are shown."""
 SIGNS = {" ": "␣", "\n": "↵", "\t": "→"}
 
 
@@ -31,8 +33,8 @@ def draw(metrics: Path) -> Figure:
     columns = min(most, EXPERTS)
     note = f"{file.text('model')}; {file.number('tokens'):,.0f} tokens of {file.text('text')}, inference routing; "
     note += "␣ a space, ↵ a line break" + (f"; the first {columns} of {most} experts" if most > columns else "")
-    height = 0.9 + 1.25 * len(layers)
-    figure, (axes,) = style.figure("What each expert takes", note=note, width=1.25 * columns + 0.8, height=height)
+    height = 0.9 + 1.1 * len(layers)
+    figure, (axes,) = style.figure("What each expert takes", note=note, width=1.2 * columns + 0.6, height=height)
     for row, layer in enumerate(layers):
         for column, expert in enumerate(layer[:columns]):
             share, top = expert.number("share"), expert.objects("top", empty=True)
@@ -40,15 +42,11 @@ def draw(metrics: Path) -> Figure:
                 raise MetricsError(f"{metrics}: a share should lie in 0 to 1, is {share}")
             grey = f"{1 - 0.35 * min(1.0, share * len(layer) / 2):.3f}"
             axes.add_patch(Rectangle((column, row), 1, 1, facecolor=grey, edgecolor="white", linewidth=2))
-            axes.text(column + 0.06, row + 0.2, f"{100 * share:.0f}%", fontsize=8, fontweight="bold", va="center")
+            axes.text(column + 0.06, row + 0.14, f"{100 * share:.0f}%", fontsize=8, fontweight="bold", va="center")
             for place, token in enumerate(top[:SHOWN]):
                 text = "".join(SIGNS.get(sign, sign if sign.isprintable() else "�") for sign in token.text("text"))
-                shown = text if len(text) <= 12 else f"{text[:11]}…"
-                where = (
-                    column + 0.94 if place == 0 else column + 0.06 + 0.46 * ((place - 1) % 2),
-                    row + 0.2 + 0.3 * ((place + 1) // 2),
-                )
-                axes.text(*where, shown, fontsize=8, va="center", ha="right" if place == 0 else "left", parse_math=False)
+                shown = text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
+                axes.text(column + 0.06, row + 0.3 + 0.15 * place, shown, fontsize=8, va="center", parse_math=False)
     style.describe(axes, "", "expert", "MoE layer")
     axes.set_xlim(0, columns)
     axes.set_ylim(len(layers), 0)

@@ -88,7 +88,8 @@ def note(runs: Sequence[Run]) -> str:
     active = [run.active / 1e6 for run in runs]
     tokens = {run.curve[-1].steps * run.tokens_per_step for run in runs}
     seeds = [run.system for run in runs]
-    several = sorted({name for name in seeds if seeds.count(name) > 1})
-    text = f"{', '.join(sorted({run.device for run in runs}))}; {min(active):.3g} to {max(active):.3g} M active parameters "
+    several = [name for name in dict.fromkeys(seeds) if seeds.count(name) > 1]
+    sizes = dict.fromkeys(f"{size:.3g}" for size in (min(active), max(active)))
+    text = f"{', '.join(sorted({run.device for run in runs}))}; {' to '.join(sizes)} M active parameters "
     text += f"without embeddings; {' or '.join(f'{count / 1e6:,.3g}' for count in sorted(tokens))} M tokens"
     return text + (f"; mean of {max(map(seeds.count, several))} seeds: {', '.join(several)}" if several else "")
