@@ -35,13 +35,13 @@ def command(directory: Path, steps: int) -> list[str]:
     return ["train.py", *FLAGS, "--run.steps", str(steps), "--run.directory", str(directory)]
 
 
-def start(directory: Path, total: int, steps: int = STEPS) -> list[subprocess.Popen[str]]:
-    """The processes of a run."""
+def start(directory: Path, total: int, steps: int = STEPS, more: str = "") -> list[subprocess.Popen[str]]:
+    """The processes of a run; `more` arguments override those of all."""
     address = f"127.0.0.1:{free_port()}"
     options = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return [
         subprocess.Popen(
-            [sys.executable, *command(directory, steps)],
+            [sys.executable, *command(directory, steps), *more.split()],
             env=environment(**dict(zip(VARIABLES, (address, str(total), str(number)), strict=True))),
             **options,
         )
@@ -133,6 +133,64 @@ def test_killed_again_and_again_it_trains_as_if_never(alone, tmp_path):
     said = end(processes)
     assert [process.returncode for process in processes] == [0, 0], said
     assert objectives(directory) == pytest.approx(alone, rel=1e-5)
+
+
+def test_a_kill_during_a_save_leaves_the_checkpoint_before(alone, tmp_path):
+    """Killed as soon as a part of a checkpoint is there, which only both together can complete."""
+    directory = tmp_path / "run"
+    processes = start(directory, 2, steps=100_000, more="--run.checkpoint-every 2")
+    wait_for_step(directory, 8, processes)
+    until = time.monotonic() + 60
+    while not (parts := list((directory / "checkpoints").glob("*.partial*/state"))):
+        assert time.monotonic() < until
+    processes[1].send_signal(signal.SIGKILL)
+    killed = time.monotonic()
+    processes[0].wait(timeout=60)
+    assert time.monotonic() - killed < 15
+    end(processes)
+    begun = int(parts[0].parent.name.partition(".")[0])
+    reached = max(int(folder.name) for folder in (directory / "checkpoints").iterdir() if folder.name.isdecimal())
+    assert reached in (begun - 2, begun)  # it may just have been completed
+    processes = start(directory, 2, steps=reached + 4)
+    said = end(processes)
+    assert [process.returncode for process in processes] == [0, 0], said
+    assert f"continuing after step {reached}" in said[0]
+    found = objectives(directory)
+    steps = range(1, 1 + min(STEPS, reached + 4))
+    assert {step: found[step] for step in steps} == pytest.approx({step: alone[step] for step in steps}, rel=1e-5)
+    assert not list((directory / "checkpoints").glob("*.partial*"))
+
+
+def test_processes_share_parameters_experts_and_widths_and_go_back(alone, tmp_path):
+    """Other axes of the mesh over two processes, each going on where the one before ended; then back to an earlier step."""
+    directory = tmp_path / "run"
+    for steps, mesh in ((8, "fsdp"), (16, "expert"), (24, "tensor")):
+        processes = start(directory, 2, steps, f"--mesh.data 1 --mesh.{mesh} 2 --run.keep-every 1")
+        said = end(processes)
+        assert [process.returncode for process in processes] == [0, 0], said
+    assert objectives(directory) == pytest.approx({step: alone[step] for step in range(1, 25)}, rel=2e-5)
+    processes = start(directory, 2, STEPS, "--mesh.data 2 --resume-from 10")
+    said = end(processes)
+    assert [process.returncode for process in processes] == [0, 0], said
+    assert "continuing after step 10" in said[0]
+    assert objectives(directory) == pytest.approx(alone, rel=2e-5)
+
+
+def test_processes_rewind_together(tmp_path):
+    """Every update is too large: both go back once, leave the same data out, and end with the same error."""
+    directory = tmp_path / "run"
+    processes = start(directory, 2, 5)
+    said = end(processes)
+    assert [process.returncode for process in processes] == [0, 0], said
+    processes = start(directory, 2, STEPS, "--optimizer.skip-norm-above 1e-9 --run.rewinds 1 --run.max-nonfinite-steps 3")
+    said = end(processes)
+    assert [process.returncode for process in processes] == [1, 1], said
+    assert "Gone back to step 5" in said[0]
+    for text in said:
+        assert "for 3 steps in a row" in text
+        assert "The last good step is 5" in text
+    (line,) = (directory / "skipped_data.jsonl").read_text().splitlines()
+    assert '"back_to_step": 5' in line
 
 
 def test_sigterm_to_the_launcher_saves_and_ends_with_status_zero(alone, tmp_path):
