@@ -62,6 +62,10 @@ class Options:
     """Tokens of a window; None for the preset's."""
     remat: Literal["none", "dots", "full"] | None = None
     """As run.remat; None for the preset's."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """As optimizer.name."""
+    first_moment_dtype: Literal["float32", "bfloat16"] = "float32"
+    """As optimizer.first_moment_dtype."""
     unroll: int = 1
     """As model.scan_unroll."""
     rounds: int = 5
@@ -78,6 +82,7 @@ def main(options: Options) -> None:
         config,
         model=dataclasses.replace(config.model, scan_unroll=options.unroll),
         data=dataclasses.replace(config.data, batch_size=rows, sequence_length=length),
+        optimizer=dataclasses.replace(config.optimizer, name=options.optimizer, first_moment_dtype=options.first_moment_dtype),
         run=dataclasses.replace(config.run, remat=options.remat or config.run.remat),
     )
     tokens, device = rows * length, jax.devices()[0]
@@ -98,7 +103,7 @@ def main(options: Options) -> None:
         times.append((time.perf_counter() - start) / options.repeat)
     taken, peak = statistics.median(times), device_peak_flops(device)
     flops = model_flops_per_token(config.model, length)
-    print(f"{device.device_kind}, {options.preset}, {rows} x {length} tokens, remat {config.run.remat}")
+    print(f"{device.device_kind}, {options.preset}, {rows} x {length} tokens, remat {config.run.remat}, {options.optimizer}")
     print(
         f"  {tokens / taken:,.0f} tokens/s, {taken * 1e3:.1f} ms a step ({min(times) * 1e3:.1f} to {max(times) * 1e3:.1f}); "
         f"{flops / 1e9:.2f} GFLOP a token"
@@ -193,10 +198,11 @@ def floor_seconds(config: Config, tokens: int, bandwidth: float, peak: float) ->
     mamba, experts = layers.get("mamba", 0), layers.get("moe", 0)
     products = lambda flops: 3 * tokens * flops / peak  # noqa: E731
     moved = lambda numbers: 2 * tokens * numbers / bandwidth  # noqa: E731
+    moment = {"float32": 4, "bfloat16": 2}[config.optimizer.first_moment_dtype]
     gated = 3 if "glu" in moe.activation else 2
     floors = {
-        # parameters, gradients and two moments read, all but gradients written
-        "optimizer": count_parameters(model).total * 4 * (4 + 3) / bandwidth,
+        # parameters, gradients and two moments read, all but gradients written; Muon has one moment of the matrices, and products
+        "optimizer": count_parameters(model).total * (4 * (3 + 2) + 2 * moment) / bandwidth,
         "unembedding and loss": products(2 * M * model.vocab_size),
         "projections": mamba * products(2 * E * (3 * M + 2 * R + 2 * N)),
         # u, z, dt (of 4 bytes) in, y out; backward those and dy in, three gradients out
