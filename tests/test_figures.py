@@ -113,6 +113,7 @@ FIGURES = {
     "scan_floors": (scan_floors, {"metrics": SCAN_LOG, "peer": PEER}),
 }
 STORED_TEXTS = {
+    "expert_specialisation": ["default; 65,536 tokens of held-out plays", "MoE layer", "\u2423", "\u21b5"],
     "generation_time": [
         "BlackMamba 8.94 s",
         "Transformer-MoE 40.5 s",
