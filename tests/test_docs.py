@@ -47,7 +47,11 @@ from bm_jax.model import init_parameters
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
-PAGES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in DOCS.rglob("*.md") if "_build" not in path.parts)]
+PAGES = [
+    "README.md",
+    "experiments/README.md",
+    *sorted(str(path.relative_to(ROOT)) for path in DOCS.rglob("*.md") if "_build" not in path.parts),
+]
 ADDRESS = "http://127.0.0.1:8000"
 
 
@@ -134,6 +138,11 @@ COMMANDS: dict[str, Run | Serve | Check] = {
         Check("asks the hub; test_evaluate.py runs a task from a file")
     ),
     "python -m bm_jax.evaluate runs/default --probes needle copying --output results.json": Run("--lengths 64"),
+    "python -m experiments.figures.scan_floors": Run("--output pictures"),
+    "python -m bm_jax.data prepare books/ data/corpus --tokenizer tokenizer.json --validation-fraction 0.02": (
+        Run("--workers 1")
+    ),
+    "python -m experiments.learning data/corpus --devices 4": Check("needs GPUs; test_experiments.py trains tiny models"),
     "python -m bm_jax.plan blackmamba_340m_1p5b --topology v5e:16x16 --mesh data=32,expert=8 --run.remat full "
     "--programs train": Check("test_plan.py compiles it, for a minute"),
     "python -m bm_jax.plan blackmamba_340m_1p5b --topology h100:8 --mesh fsdp=8 --data.batch-size 64 --programs train": Run(),
@@ -247,13 +256,14 @@ def parse_harness(arguments: list[str]) -> None:
     harness.HarnessCLI()._parser.parse_args(["run", *arguments])
 
 
-def with_tyro(module: str) -> Callable[[list[str]], object]:
-    return lambda arguments: tyro.cli(importlib.import_module(module).Arguments, args=arguments)
+def with_tyro(module: str, name: str = "Arguments") -> Callable[[list[str]], object]:
+    return lambda arguments: tyro.cli(getattr(importlib.import_module(module), name), args=arguments)
 
 
 PARSERS: dict[str, Callable[[list[str]], object]] = {
     "train.py": lambda arguments: train_script().parse(arguments),
     "bm_jax.generate": with_tyro("bm_jax.generate"),
+    "experiments.learning": with_tyro("experiments.learning", "Options"),
     "bm_jax.evaluate": with_tyro("bm_jax.evaluate"),
     "bm_jax.evaluation.harness": parse_harness,
     "bm_jax.serve": with_tyro("bm_jax.serve"),
@@ -501,7 +511,7 @@ def slug(heading: str) -> str:
     return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
 
 
-@pytest.mark.parametrize("page", ["README.md", "benchmarks/README.md"])
+@pytest.mark.parametrize("page", ["README.md", "benchmarks/README.md", "experiments/README.md"])
 def test_links_of_readmes_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
         if not target.startswith(("http:", "https:")):
