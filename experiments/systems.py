@@ -6,77 +6,44 @@ Beside the five systems there are variants of BlackMamba: other numbers of exper
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
-from bm_jax.config import AttentionConfig, MlpConfig, ModelConfig, MoeConfig
+import configs
+from bm_jax.config import ModelConfig
 from bm_jax.model import count_parameters
 
 WIDTH = 512
-VOCABULARY = 50304
-"""Of GPT-NeoX's tokenizer, padded as BlackMamba's models have it."""
 EXPERT = 1408
 """Hidden width of an expert beside Mamba."""
 MLP = 1536
 """Hidden width of an MLP, or of two experts, beside attention, whose layers are smaller than Mamba's."""
 
 
-def _blackmamba(**moe: object) -> ModelConfig:
-    values = MoeConfig(experts=8, width=EXPERT)
-    return ModelConfig(
-        layers=("mamba", "moe"),
-        repeats=7,
-        vocab_size=VOCABULARY,
+def _smaller(preset: str, *, repeats: int, **moe: Any) -> ModelConfig:
+    """A preset's model of width `WIDTH` and another depth, with other values of its `moe`."""
+    model = configs.load(preset).model
+    return dataclasses.replace(
+        model,
+        repeats=repeats,
         width=WIDTH,
-        moe=dataclasses.replace(values, **moe),  # type: ignore[arg-type]
+        attention=dataclasses.replace(model.attention, heads=8, kv_heads=8),
+        mlp=dataclasses.replace(model.mlp, width=MLP),
+        moe=dataclasses.replace(model.moe, **moe),
     )
+
+
+def _blackmamba(**moe: Any) -> ModelConfig:
+    return _smaller("blackmamba_340m_1p5b", repeats=7, width=EXPERT, **moe)
 
 
 SYSTEMS: dict[str, ModelConfig] = {
     "blackmamba": _blackmamba(),
-    "mamba": ModelConfig(layers=("mamba",), repeats=16, vocab_size=VOCABULARY, width=WIDTH, final_norm="rmsnorm"),
-    "transformer": ModelConfig(
-        layers=("attention", "mlp"),
-        repeats=8,
-        vocab_size=VOCABULARY,
-        width=WIDTH,
-        attention=AttentionConfig(heads=8, kv_heads=8),
-        mlp=MlpConfig(width=MLP),
-        final_norm="rmsnorm",
-    ),
-    "transformer_moe": ModelConfig(
-        layers=("attention", "moe"),
-        repeats=8,
-        vocab_size=VOCABULARY,
-        width=WIDTH,
-        attention=AttentionConfig(heads=8, kv_heads=8),
-        moe=MoeConfig(
-            experts=8,
-            width=MLP // 2,
-            router="topk",
-            top_k=2,
-            router_bias=False,
-            normalize_gates=True,
-            load_balance_loss=0.02,
-        ),
-        final_norm="rmsnorm",
-    ),
-    "moe_mamba": ModelConfig(
-        layers=("mamba", "moe"),
-        repeats=7,
-        vocab_size=VOCABULARY,
-        width=WIDTH,
-        moe=MoeConfig(
-            experts=8,
-            width=EXPERT * 3 // 2,
-            activation="gelu",
-            router="switch",
-            router_bias=False,
-            capacity_factor=1.0,
-            load_balance_loss=0.01,
-        ),
-        final_norm="rmsnorm",
-    ),
+    "mamba": _smaller("mamba", repeats=16),
+    "transformer": _smaller("transformer", repeats=8),
+    "transformer_moe": _smaller("transformer_moe", repeats=8, width=MLP // 2),
+    "moe_mamba": _smaller("moe_mamba", repeats=7, experts=8, width=EXPERT * 3 // 2),
 }
-"""As in their presets, smaller: routers, activations and capacity are those of the papers."""
+"""Their presets, smaller: routers, activations and capacity are those of the papers."""
 
 VARIANTS: dict[str, ModelConfig] = {
     "blackmamba_4_experts": _blackmamba(experts=4),
