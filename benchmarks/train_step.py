@@ -201,7 +201,7 @@ def floor_seconds(config: Config, tokens: int, bandwidth: float, peak: float) ->
     moment = {"float32": 4, "bfloat16": 2}[config.optimizer.first_moment_dtype]
     gated = 3 if "glu" in moe.activation else 2
     floors = {
-        # parameters, gradients and two moments read, all but gradients written; Muon has products, and one moment of the matrices
+        # parameters, gradients and two moments read, all but gradients written (of Muon more: it has products of its own)
         "optimizer": count_parameters(model).total * (4 * (3 + 2) + 2 * moment) / bandwidth,
         "unembedding and loss": products(2 * M * model.vocab_size),
         "projections": mamba * products(2 * E * (3 * M + 2 * R + 2 * N)),
