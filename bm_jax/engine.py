@@ -180,7 +180,7 @@ class Engine:
             Closed: the engine is shutting down.
         """
         ids = self.model.encode(prompt, "prompt", config.max_tokens)
-        self.model.check_bias(config)
+        self.model.check_ids(config)
         if self.room and len(ids) + config.max_tokens > self.room:
             raise ValueError(
                 f"prompt has {len(ids)} tokens and max_tokens is {config.max_tokens}, together more than the {self.room} "

@@ -305,7 +305,7 @@ class LanguageModel:
     def _stream(self, prompts: Sequence[Prompt] | State, configs: Sequence[SamplingConfig]) -> Iterator[Piece]:
         """Check and encode every prompt, then decode them in turns of `max_batch`, those of similar length together."""
         for config in configs:
-            self.check_bias(config)
+            self.check_ids(config)
         if isinstance(prompts, State):
             state.check(prompts, unrolled(self.config), "the state")
             if len(prompts.recent) != len(configs):
@@ -354,9 +354,12 @@ class LanguageModel:
             self._check_room(len(ids), max_tokens, where)
         return ids
 
-    def check_bias(self, config: SamplingConfig) -> None:
-        """Raise ValueError unless the ids of `logit_bias` are the tokenizer's."""
-        _check_ids(np.asarray(list(config.logit_bias), int), self.tokenizer.vocab_size, "logit_bias")
+    def check_ids(self, config: SamplingConfig) -> None:
+        """Raise ValueError unless the ids of `logit_bias` and `stop_tokens` are the tokenizer's, and some id may be drawn."""
+        for name in ("logit_bias", "stop_tokens"):
+            _check_ids(np.asarray(list(getattr(config, name)), int), self.tokenizer.vocab_size, name)
+        if sum(value == -np.inf for value in config.logit_bias.values()) == self.tokenizer.vocab_size:
+            raise ValueError("logit_bias forbids every token: leave at least one id without -inf")
 
     def _check_length(self, length: int, where: str, most: int | None) -> None:
         if most is not None and length > most:

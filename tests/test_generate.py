@@ -247,6 +247,10 @@ def test_penalties_and_bias_are_those_of_the_statement(family):
     assert set(family.generate("x", max_tokens=9, logit_bias={101: 99.0})[0].tokens) == {101}
     with pytest.raises(ValueError, match="logit_bias contains token id 257, outside the range 0 to 256"):
         family.generate("x", logit_bias={257: 1.0})
+    with pytest.raises(ValueError, match="logit_bias forbids every token"):
+        family.generate("x", logit_bias=dict.fromkeys(range(257), -np.inf))
+    with pytest.raises(ValueError, match="stop_tokens contains token id 300, outside the range 0 to 256"):
+        family.generate("x", stop_tokens=(10, 300))
     banned = dict.fromkeys(range(200), -math.inf)
     (completion,) = family.generate("x", max_tokens=40, logit_bias=banned, temperature=2.0)
     assert min(completion.tokens) >= 200
