@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import os
 import signal
 import socket
@@ -24,6 +25,8 @@ from bm_jax.processes import LOCAL_DEVICES, VARIABLES
 
 GRACE_SECONDS = 15
 """What the others have to end by themselves once one has failed."""
+LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+PR_SET_PDEATHSIG = 1
 
 
 def main() -> int:
@@ -76,7 +79,7 @@ def start_and_wait(
         own = dict(zip(VARIABLES, (address, str(total), str(number)), strict=True))
         own |= {LOCAL_DEVICES: str(number)} if one_gpu_each else {}
         # In a session of their own, so that a Ctrl-C in the terminal reaches them once, from here.
-        options: dict[str, Any] = {"env": os.environ | own, "start_new_session": True}
+        options: dict[str, Any] = {"env": os.environ | own, "start_new_session": True, "preexec_fn": end_with_launcher}
         options |= {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE} if number else {}
         started.append(cast("subprocess.Popen[bytes]", subprocess.Popen(command, **options)))
     marked = [threading.Thread(target=mark, args=(number, process.stderr)) for number, process in enumerate(started) if number]
@@ -89,6 +92,12 @@ def start_and_wait(
     for thread in marked:
         thread.join(timeout=5)
     return status
+
+
+def end_with_launcher() -> None:
+    """In a process that begins, on Linux: get SIGTERM when the launcher is gone, however it went, and so save and end."""
+    if LIBC is not None:
+        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def wait(started: list[subprocess.Popen[bytes]]) -> int:

@@ -209,6 +209,20 @@ def test_sigterm_to_the_launcher_saves_and_ends_with_status_zero(alone, tmp_path
     assert (directory / "checkpoints" / stopped[1]).is_dir()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent is gone")
+def test_a_launcher_that_is_killed_leaves_no_process_behind(alone, tmp_path):
+    directory = tmp_path / "run"
+    launched = [sys.executable, "-m", "bm_jax.launch", "--processes", "2", *command(directory, 100_000)]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    launcher = subprocess.Popen(launched, cwd=ROOT, env=environment(), **options)
+    wait_for_step(directory, 7, [launcher])
+    launcher.kill()
+    said = launcher.communicate(timeout=20)[0]  # to the end of what its processes say
+    stopped = re.search(r"Stopped after step (\d+)", said)
+    assert stopped is not None, said
+    assert (directory / "checkpoints" / stopped[1]).is_dir()
+
+
 def test_directories_that_are_not_shared_are_refused(tmp_path):
     """Two processes whose run directories have one name for each of them, as on two hosts without a shared file system."""
     address = f"127.0.0.1:{free_port()}"
