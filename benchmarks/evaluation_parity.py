@@ -26,7 +26,6 @@ from lm_eval.evaluator import simple_evaluate
 
 from bm_jax.evaluation.harness import HarnessModel
 from bm_jax.evaluation.packaged_tasks import TASKS, packaged_task
-from bm_jax.language_model import LanguageModel
 from convert.convert import import_checkpoint
 
 TOLERANCE = 1e-3
@@ -64,7 +63,7 @@ def make_models(folder: Path, tokenizer: Path, *, width: int, layers: int, seed:
     import_checkpoint(folder / "hf", folder / "ours", compute_dtype="float32")
     options: Any = {"device": "cpu", "batch_size": 8, "max_length": 2048, "softmax_dtype": "float64"}
     theirs = HFLM(pretrained=model, tokenizer=fast, **options)  # type: ignore[call-arg]
-    return HarnessModel(model=LanguageModel.load(folder / "ours"), max_length=2048, progress=False), theirs
+    return HarnessModel(str(folder / "ours"), max_length=2048, progress=False), theirs
 
 
 def compare(ours: Any, theirs: Any, tasks: Sequence[dict[str, Any]], documents: int | None) -> dict[str, Agreement]:

@@ -4,9 +4,9 @@
     --text       bits a byte of text files, folders of them, or the held-out part of prepared data
     --probes     needle (a fact in a long text) and copying (random tokens a second time)
 
-Results are printed as tables as they are known and, with --output, written as JSON after each part. Answers to tasks are kept
-beside it as they come, so the same command goes on where it was stopped. The exit status is 0, 1 after an error in what was
-asked, 130 when it was interrupted.
+Results are printed as tables as they are known and, with --output, written as JSON after each part; a file of the same model
+keeps its other parts. Answers to tasks are kept beside it as they come, so the same command goes on where it was stopped. The
+exit status is 0, 1 after an error in what was asked, 130 when it was interrupted.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Arguments:
     lengths: tuple[int, ...] = ()
     """Tokens of the texts of `needle` and of the sequences of `copying`, in place of their own choices."""
     output: str | None = None
-    """JSON file to write."""
+    """JSON file to write, or to add to."""
     samples: bool = False
     """Whether the JSON file holds every request of the tasks with its answer."""
     batch_tokens: int = 16384
@@ -113,11 +113,12 @@ def evaluate(request: Arguments) -> dict[str, Any]:
 
     model = LanguageModel.load(request.directory, weights=request.weights)
     scorer = Scorer(model, batch_tokens=request.batch_tokens, max_length=request.max_length)
-    results: dict[str, Any] = {"model": request.directory, "digest": model.digest, "max_length": scorer.max_length}
-    results["settings"] = dataclasses.asdict(request)
+    own = {"digest": model.digest, "max_length": scorer.max_length, "weights": request.weights}
+    results: dict[str, Any] = {"model": request.directory} | own | earlier_results(request.output, own)
 
     def keep(found: Mapping[str, Any]) -> None:
         results.update(found)
+        results.setdefault("settings", {}).update(dict.fromkeys(found, dataclasses.asdict(request)))
         if request.output is not None:
             write_durably(Path(request.output), json.dumps(results, indent=2, default=str) + "\n")
 
@@ -128,6 +129,26 @@ def evaluate(request: Arguments) -> dict[str, Any]:
     if request.tasks:
         keep(evaluate_tasks(scorer, tasks, request))
     return results
+
+
+def earlier_results(output: str | None, own: Mapping[str, Any]) -> dict[str, Any]:
+    """What an earlier command wrote to this file of the same model, whose other parts are kept.
+
+    Raises:
+        ConfigError: the file is something else, or of another model.
+    """
+    if output is None or not Path(output).exists():
+        return {}
+    try:
+        found = json.loads(Path(output).read_text(encoding="utf-8"))
+        same = all(found[name] == value for name, value in own.items())
+    except (ValueError, KeyError, TypeError):
+        raise ConfigError(f"--output {output} exists and is no file of results; give another name") from None
+    if not same:
+        raise ConfigError(
+            f"--output {output} has results of another model, or of other weights or --max-length; give another name"
+        )
+    return found
 
 
 def evaluate_text(scorer: Scorer, request: Arguments) -> dict[str, Any]:
@@ -206,7 +227,8 @@ def evaluate_probe(scorer: Scorer, probe: str, lengths: Sequence[int]) -> list[d
 
     run = {"needle": probes.needle_in_a_haystack, "copying": probes.copying}[probe]
     found = [dataclasses.asdict(one) for one in tqdm(run(scorer, **({"lengths": lengths} if lengths else {})), desc=probe)]
-    print(f"{probe}\n{table(found)}", flush=True)
+    chance = len(probes.CITIES) if probe == "needle" else scorer.model.tokenizer.vocab_size
+    print(f"{probe} (accuracy by chance: {1 / chance:.3g})\n{table(found)}", flush=True)
     return found
 
 

@@ -44,7 +44,7 @@ class Arguments:
     n: int = 1
     """Completions of each prompt."""
     seed: int = 0
-    """The same seed gives the same text."""
+    """The same seed gives the same text; of several prompts each has the next one."""
     stop: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="TEXT")] = ()
     """End before this text appears; repeat for several."""
     weights: Literal["int8"] | None = None
@@ -90,6 +90,8 @@ def _complete(request: Arguments) -> None:
             print(piece, end="", flush=True)
         print(flush=True)
         return
+    # Of the same draws a weak model would make the same text after every prompt.
+    options["seed"] = [(request.seed + number) % 2**32 for number in range(len(request.prompt))]
     completions = model.generate(request.prompt, **options)
     prompts = [prompt for prompt in request.prompt for _ in range(request.n)]
     for number, (prompt, completion) in enumerate(zip(prompts, completions, strict=True), 1):

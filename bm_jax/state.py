@@ -131,7 +131,7 @@ def model_digest(parameters: Parameters, config: ModelConfig) -> str:
     """What tells models apart whose states and answers must not be mixed: a digest of the configuration and every parameter."""
     digest = hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode())
     for leaf in jax.tree.leaves(parameters):
-        digest.update(np.ascontiguousarray(np.asarray(leaf, np.float32)))
+        digest.update(np.ascontiguousarray(np.asarray(leaf, np.float32)).data)
     return digest.hexdigest()
 
 

@@ -1,7 +1,7 @@
 """What is learned from the same text: BlackMamba, Mamba, Transformer, Transformer-MoE and MoE-Mamba, at one active size.
 
     python -m experiments.learning data/corpus --output runs/learning --devices 4        # GPUs of one host
-    python -m experiments.learning data/corpus --output runs/tiny --tiny --steps 40      # a CPU, models of no use
+    python -m experiments.learning data/small --output runs/tiny --tiny --steps 20       # bytes, a CPU, models of no use
 
 `data/corpus` is a folder made by `python -m bm_jax.data prepare` with GPT-NeoX's tokenizer. First each system tries three
 learning rates for a quarter of the steps and keeps its best. Then all are trained on the same number of tokens: BlackMamba and
@@ -42,8 +42,8 @@ class Options:
     """A prepared folder."""
     output: str = "runs/learning"
     """Where runs and results are kept."""
-    metrics: Path = METRICS
-    """JSON file of all results."""
+    metrics: Path | None = None
+    """JSON file of all results; that of this repository if None, or of tiny models one in `output`."""
     steps: int = 2400
     """Of a whole run: at 32 windows of 1,024 tokens, 79 M tokens."""
     rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
@@ -59,11 +59,19 @@ class Options:
     sequence_length: int = 1024
     batch_size: int = 32
     tiny: bool = False
-    """Models that a CPU can train in seconds: to see that all works."""
+    """Models, windows and batches that a CPU can train in seconds: to see that all works."""
+
+    def as_meant(self) -> Options:
+        """With what `tiny` makes smaller, and a place for the metrics."""
+        small = {"sequence_length": min(self.sequence_length, 64), "batch_size": min(self.batch_size, 4)} if self.tiny else {}
+        metrics = Path(self.output) / "learning.json" if self.tiny else METRICS
+        return dataclasses.replace(self, metrics=self.metrics or metrics, **small)
 
 
 def main(options: Options) -> None:
     """Train what is not trained yet, write the metrics, print the table."""
+    options = options.as_meant()
+    assert options.metrics is not None
     unknown = sorted(set(options.systems) - set(SYSTEMS) - set(VARIANTS))
     if unknown:
         raise SystemExit(f"--systems: there is no {', '.join(unknown)}; there are {', '.join(SYSTEMS | VARIANTS)}")
@@ -124,12 +132,13 @@ def run_all(plans: Sequence[Plan], options: Options) -> list[dict[str, Any]]:
                 devices.put(device)
             if status:
                 return f"{plan.system} with rate {plan.learning_rate:g} and seed {plan.seed} failed: see {plan.directory}.log"
-            print(f"{Path(plan.directory).name}: {final(json.loads(result.read_text())):.4f} bits a byte", flush=True)
+            print(f"{Path(plan.directory).name}: {final(json.loads(result.read_text())):.4f} bits per byte", flush=True)
         kept = options.keep and plan.seed == options.seeds[0] and plan.steps == options.steps
         if not kept:
             shutil.rmtree(Path(plan.directory) / "checkpoints", ignore_errors=True)
         return json.loads(result.read_text())
 
+    print(f"{len(plans)} runs of {plans[0].steps} steps", flush=True)
     with ThreadPoolExecutor(options.devices) as pool:
         results = list(pool.map(run, plans))
     failed = [one for one in results if isinstance(one, str)]
@@ -139,7 +148,7 @@ def run_all(plans: Sequence[Plan], options: Options) -> list[dict[str, Any]]:
 
 
 def final(result: dict[str, Any]) -> float:
-    """Bits a byte at the end."""
+    """Bits per byte at the end."""
     return result["validation"][-1]["bits_per_byte"]
 
 
@@ -155,7 +164,7 @@ def brief(result: dict[str, Any]) -> dict[str, Any]:
 def table(runs: Sequence[dict[str, Any]]) -> str:
     """A row a system, in Markdown: means over seeds."""
     lines = [
-        "| system | seeds | rate | parameters | active, no embeddings | bits a byte | tokens/s | PFLOP | minutes |",
+        "| system | seeds | rate | parameters | active, no embeddings | bits per byte | tokens/s | PFLOP | minutes |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name in dict.fromkeys(one["plan"]["system"] for one in runs):
@@ -164,9 +173,9 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
         last = first["validation"][-1]
         each = "" if len(of) == 1 else f" ({', '.join(f'{end:.4f}' for end in ends)})"
         lines.append(
-            f"| {name} | {len(of)} | {first['plan']['learning_rate']:g} | {first['parameters'] / 1e6:.1f} M | "
-            f"{first['active_without_embeddings'] / 1e6:.1f} M | {sum(ends) / len(ends):.4f}{each} | "
-            f"{first['tokens_per_second']:,.0f} | {last['flops'] / 1e15:,.1f} | {last['seconds'] / 60:.1f} |"
+            f"| {name} | {len(of)} | {first['plan']['learning_rate']:g} | {first['parameters'] / 1e6:.3g} M | "
+            f"{first['active_without_embeddings'] / 1e6:.3g} M | {sum(ends) / len(ends):.4f}{each} | "
+            f"{first['tokens_per_second']:,.0f} | {last['flops'] / 1e15:.3g} | {last['seconds'] / 60:.3g} |"
         )
     return "\n".join(lines)
 
@@ -195,7 +204,7 @@ def findings(runs: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def mean_curve(runs: Sequence[dict[str, Any]]) -> list[tuple[int, float]]:
-    """Step and bits a byte, the mean over seeds."""
+    """Step and bits per byte, the mean over seeds."""
     curves = [{point["step"]: point["bits_per_byte"] for point in one["validation"]} for one in runs]
     return [(step, sum(curve[step] for curve in curves) / len(curves)) for step in (curves[0] if curves else ())]
 
@@ -211,4 +220,8 @@ def steps_to(curve: Sequence[tuple[int, float]], loss: float) -> float | None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    try:
+        main(tyro.cli(Options, description=__doc__))
+    except KeyboardInterrupt:
+        print("\nStopped; the same command goes on.", file=sys.stderr)
+        sys.exit(130)

@@ -68,7 +68,7 @@ def config_of(plan: Plan) -> Config:
             steps=plan.steps,
             report_every=every,
             eval_every=every,
-            eval_batches=max(1, plan.held_out_tokens // (plan.sequence_length * plan.batch_size)),
+            eval_batches=1 if plan.tiny else max(1, plan.held_out_tokens // (plan.sequence_length * plan.batch_size)),
             checkpoint_every=max(1, plan.steps // 2),
             keep_last=1,
             sample_tokens=0,

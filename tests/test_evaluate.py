@@ -225,8 +225,8 @@ def test_a_needle_is_found_by_who_remembers_it():
 
 def test_copying_separates_the_first_time_from_the_second(model):
     (uniform,) = probes.copying(Scorer(uniform_model()), (20,))
-    assert uniform.first == pytest.approx(math.log(257), rel=1e-5)
-    assert uniform.second == pytest.approx(math.log(257), rel=1e-5)
+    assert uniform.nats_first == pytest.approx(math.log(257), rel=1e-5)
+    assert uniform.nats_second == pytest.approx(math.log(257), rel=1e-5)
 
     class Copier:
         def __init__(self):
@@ -450,6 +450,21 @@ def test_the_command_writes_what_it_prints(directory, tmp_path, capsys):
     assert f"{measured['bits_per_byte']:.4f}" in capsys.readouterr().out
     assert [row["length"] for row in results["copying"]] == [4, 8]
     assert not list(tmp_path.glob("*.partial"))
+    # Another part is added; a file of another model, or of something else, is left alone.
+    assert evaluate.main([str(directory), "--probes", "needle", "--lengths", "80", "--output", str(output)]) == 0
+    added = json.loads(output.read_text())
+    assert added["text"] == results["text"]
+    assert added["copying"] == results["copying"]
+    assert {name: settings["lengths"] for name, settings in added["settings"].items()} == {
+        "text": [4, 8], "copying": [4, 8], "needle": [80]
+    }  # fmt: skip
+    before = output.read_bytes()
+    capsys.readouterr()
+    assert evaluate.main([str(directory), *arguments[1:], "--max-length", "50", "--output", str(output)]) == 1
+    assert "has results of another model, or of other weights or --max-length" in capsys.readouterr().err
+    assert output.read_bytes() == before
+    assert evaluate.main([*arguments, "--output", str(tmp_path / "a.txt")]) == 1
+    assert "a.txt exists and is no file of results; give another name" in capsys.readouterr().err
 
 
 @pytest.mark.filterwarnings("ignore")  # of lm_eval

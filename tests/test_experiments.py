@@ -76,7 +76,7 @@ def test_learning_goes_on_where_it_stopped(data, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(learning.subprocess, "run", None)
     learning.main(options)
     again = capsys.readouterr().out
-    assert "bits a byte\n" not in again
+    assert "bits per byte\n" not in again
     assert first.partition("| system")[2] == again.partition("| system")[2]
     loss_against_flops.main(["--metrics", str(options.metrics), "--output", str(tmp_path)])
 
@@ -124,7 +124,7 @@ def test_findings_follow_from_the_curves():
     reached, balance = learning.findings(runs)
     assert "after 25 of 40 steps, 1/1.60." in reached
     assert "1.20 in training, 2.00 in inference" in balance
-    assert "| blackmamba | 2 | 0.001 | 1.0 M | 0.5 M | 1.0000 (1.5000, 0.5000) | 1,000 | 4.0 | 4.0 |" in learning.table(runs)
+    assert "| blackmamba | 2 | 0.001 | 1 M | 0.5 M | 1.0000 (1.5000, 0.5000) | 1,000 | 4 | 4 |" in learning.table(runs)
     (never,) = learning.findings([run("blackmamba", [3, 2]), run("mamba", [2, 1])])
     assert "does not reach" in never
     assert learning.steps_to([(10, 1.0), (20, 0.5)], 2.0) == 10

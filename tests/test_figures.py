@@ -132,7 +132,7 @@ TINY_TEXTS = {
         "Transformer-MoE 1.875",
         "training PFLOP",
         "minutes",
-        "mean of 2 seeds: blackmamba",
+        "blackmamba: mean of 2 seeds, others one",
     ],
     "expert_counts": ["BlackMamba 1.125", "Mamba, dense 2.000", "Sinkhorn 1.500", "switch without loss 1.625"],
     "expert_balance": ["1.10", "1.50", "2.00", "Sinkhorn, in training", "Switch with loss"],

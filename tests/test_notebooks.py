@@ -258,3 +258,4 @@ if __name__ == "__main__":
         with tempfile.TemporaryDirectory() as folder:
             execute(ran, folder)
         name.write_text(written(clean(ran)), encoding="utf-8")
+        print(f"{name}: ran without an error, and was cleaned")

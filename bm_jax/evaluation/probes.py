@@ -37,9 +37,9 @@ class Copying:
 
     length: int
     """Tokens of the sequence."""
-    first: float
+    nats_first: float
     """Mean nats a token of the first time; a model that takes all ids for equally likely has `log(number of ids)`."""
-    second: float
+    nats_second: float
     """Of the second time."""
     accuracy: float
     """Share of the tokens of the second time that greedy decoding would write."""

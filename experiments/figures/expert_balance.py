@@ -31,7 +31,7 @@ def draw(metrics: Path) -> Figure:
     """A panel for each way of routing, all with the same scale; a line a layer, the deeper the darker."""
     runs = learning_runs.read_runs(metrics)
     note = learning_runs.note([run for run in runs if run.system in {system for _, system, _ in PANELS}])
-    note += "; a line for each MoE layer, the deeper the darker; labelled: the layer that ends highest"
+    note += f"; a line for each MoE layer, the deeper the darker; labelled: the one that ends highest; dashed: {GOAL}"
     figure, panels = style.figure("Load of the busiest expert, layer by layer", len(PANELS), note=note, width=3.7)
     highest = 1.0
     for axes, (title, system, how) in zip(panels, PANELS, strict=True):
@@ -46,7 +46,7 @@ def draw(metrics: Path) -> Figure:
             grey = f"{0.7 * (1 - layer / max(layers - 1, 1)):.3f}"
             axes.plot(steps, load[:, layer], color=grey, linewidth=1.1, label="_layer")
         style.plot(axes, steps[-1:], load[-1:, worst], style.other_line(0, f"{load[-1, worst]:.2f}"))
-        axes.axhline(GOAL, color="0.4", linewidth=0.9, linestyle=(0, (2, 2)))
+        axes.axhline(GOAL, color="0.4", linewidth=0.9, linestyle=(0, (2, 2)), label="_goal")
         style.describe(axes, title, "optimizer steps", "load, times an equal share" if axes is panels[0] else "")
     ticks = [tick for tick in (1, 1.2, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32) if tick <= 1.15 * highest]
     for axes in panels:

@@ -3,8 +3,8 @@
     python -m experiments.figures.expert_counts
     python -m experiments.figures.expert_counts --metrics learning.json --output pictures
 
-Left: held-out bits a byte at the end against the number of experts, dense Mamba as the line to beat. Right: learning curves of
-three routers: Sinkhorn, switch with its load-balancing loss, and switch without it.
+Left: held-out bits per byte at the end against the number of experts, dense Mamba as the line to beat. Right: learning curves
+of three routers: Sinkhorn, switch with its load-balancing loss, and switch without it.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ def draw(metrics: Path) -> Figure:
     dense = learning_runs.mean(learning_runs.of(runs, "mamba", metrics))[-1].bits
     style.plot(left, ends, ends.values(), style.line("blackmamba"), f"BlackMamba {ends[max(ends)]:.3f}")
     style.plot(left, [min(ends), max(ends)], [dense, dense], style.line("mamba"), f"Mamba, dense {dense:.3f}")
-    style.describe(left, "At the end, by number of experts", "experts", "held-out bits a byte")
+    style.describe(left, "At the end, by number of experts", "experts", "held-out bits per byte")
     style.scale(left, "x", 2, list(ends))
     for number, (label, name) in enumerate(ROUTERS.items()):
         curve = learning_runs.mean(learning_runs.of(runs, name, metrics))
         shown = curve[len(curve) // 5 :]
         line = style.other_line(number, f"{label} {curve[-1].bits:.3f}")
         style.plot(right, [point.steps for point in shown], [point.bits for point in shown], line)
-    style.describe(right, "8 experts, by router", "optimizer steps", "held-out bits a byte")
+    style.describe(right, "8 experts, by router", "optimizer steps", "held-out bits per byte")
     for axes in (left, right):
         style.label_ends(axes)
     return figure

@@ -32,7 +32,9 @@ def draw(metrics: Path) -> Figure:
     most = max(len(layer) for layer in layers)
     columns = min(most, EXPERTS)
     note = f"{file.text('model')}; {file.number('tokens'):,.0f} tokens of {file.text('text')}, inference routing; "
-    note += "␣ a space, ↵ a line break" + (f"; the first {columns} of {most} experts" if most > columns else "")
+    note += "percent of all tokens, then those that tell most of the expert; ␣ a space, ↵ a line break" + (
+        f"; the first {columns} of {most} experts" if most > columns else ""
+    )
     height = 0.9 + 1.1 * len(layers)
     figure, (axes,) = style.figure("What each expert takes", note=note, width=1.2 * columns + 0.6, height=height)
     for row, layer in enumerate(layers):
@@ -40,9 +42,16 @@ def draw(metrics: Path) -> Figure:
             share, top = expert.number("share"), expert.objects("top", empty=True)
             if not 0 <= share <= 1:
                 raise MetricsError(f"{metrics}: a share should lie in 0 to 1, is {share}")
-            grey = f"{1 - 0.35 * min(1.0, share * len(layer) / 2):.3f}"
+            grey = f"{1 - 0.35 * min(1.0, share * len(layer) / 6):.3f}"
             axes.add_patch(Rectangle((column, row), 1, 1, facecolor=grey, edgecolor="white", linewidth=2))
-            axes.text(column + 0.06, row + 0.14, f"{100 * share:.0f}%", fontsize=8, fontweight="bold", va="center")
+            axes.text(
+                column + 0.06,
+                row + 0.14,
+                "<1%" if share < 0.005 else f"{100 * share:.0f}%",
+                fontsize=8,
+                fontweight="bold",
+                va="center",
+            )
             for place, token in enumerate(top[:SHOWN]):
                 text = "".join(SIGNS.get(sign, sign if sign.isprintable() else "�") for sign in token.text("text"))
                 shown = text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"

@@ -12,7 +12,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from experiments.figures import command, style
-from experiments.figures.metrics import STORED, read
+from experiments.figures.metrics import STORED, Metrics, read
 
 
 def draw(metrics: Path) -> Figure:
@@ -23,6 +23,7 @@ def draw(metrics: Path) -> Figure:
     batch, shrink = settings.number("batch"), settings.number("shrink")
     note = f"{file.text('device')}, batch {batch:g}, prompt of one token, random weights"
     note += f", sizes of the models divided by {shrink:g}" if shrink != 1 else ""
+    note += "; " + _how(curves)
     active = [curve.number("active") / 1e6 for _, curve in curves]
     note += f"; active parameters: {min(active):,.3g} to {max(active):,.3g} M"
     figure, (left, right) = style.figure("Time to generate text, for models of one active size", 2, note=note, width=5.4)
@@ -45,6 +46,14 @@ def draw(metrics: Path) -> Figure:
     for axes in (left, right):
         style.label_ends(axes)
     return figure
+
+
+def _how(curves: list[tuple[str, Metrics]]) -> str:
+    """By what steps are taken, where it is known."""
+    one = [style.line(name).label for name, curve in curves if curve.value.get("one_kernel") is True]
+    others = [style.line(name).label for name, curve in curves if curve.value.get("one_kernel") is False]
+    said = [f"a step of {' and '.join(one)} is one kernel"] if one else []
+    return ", ".join(said + ([f"{' and '.join(others)} by XLA"] if others else []))
 
 
 def _ticks(lengths: set[int]) -> list[int]:

@@ -23,6 +23,7 @@ class Run(NamedTuple):
     """One training run."""
 
     system: str
+    tiny: bool
     seed: int
     device: str
     tokens_per_step: float
@@ -52,8 +53,8 @@ def _run(run: Metrics) -> Run:
     for entry in run.objects("expert_load", empty=True):
         loads.append((int(entry.number("step")), {how: entry.rows(how) for how in ("training", "inference")}))
     return Run(
-        plan.text("system"), int(plan.number("seed")), run.text("device"), run.number("tokens_per_step"),
-        run.number("active_without_embeddings"), curve, loads,
+        plan.text("system"), plan.value.get("tiny") is True, int(plan.number("seed")), run.text("device"),
+        run.number("tokens_per_step"), run.number("active_without_embeddings"), curve, loads,
     )  # fmt: skip
 
 
@@ -90,6 +91,7 @@ def note(runs: Sequence[Run]) -> str:
     seeds = [run.system for run in runs]
     several = [name for name in dict.fromkeys(seeds) if seeds.count(name) > 1]
     sizes = dict.fromkeys(f"{size:.3g}" for size in (min(active), max(active)))
-    text = f"{', '.join(sorted({run.device for run in runs}))}; {' to '.join(sizes)} M active parameters "
+    text = "tiny models, of no use; " if any(run.tiny for run in runs) else ""
+    text += f"{', '.join(sorted({run.device for run in runs}))}; {' to '.join(sizes)} M active parameters "
     text += f"without embeddings; {' or '.join(f'{count / 1e6:,.3g}' for count in sorted(tokens))} M tokens"
-    return text + (f"; mean of {max(map(seeds.count, several))} seeds: {', '.join(several)}" if several else "")
+    return text + (f"; {' and '.join(several)}: mean of {max(map(seeds.count, several))} seeds, others one" if several else "")

@@ -1,4 +1,4 @@
-"""What is learned: held-out bits a byte against steps, training FLOPs and time, from `python -m experiments.learning`.
+"""What is learned: held-out bits per byte against steps, training FLOPs and time, from `python -m experiments.learning`.
 
     python -m experiments.figures.loss_against_flops
     python -m experiments.figures.loss_against_flops --metrics learning.json --output pictures
@@ -36,7 +36,7 @@ def draw(metrics: Path) -> Figure:
             shown = points[len(points) // 5 :]
             line = style.line(system)
             style.plot(axes, [x for x, _ in shown], [y for _, y in shown], line, f"{line.label} {points[-1][1]:.3f}")
-        style.describe(axes, f"Against {'time' if name == 'seconds' else what}", what, "held-out bits a byte")
+        style.describe(axes, f"Against {'time' if name == 'seconds' else what}", what, "held-out bits per byte")
         style.label_ends(axes)
     return figure
 

@@ -36,7 +36,8 @@ def draw(metrics: Path, peer: Path) -> Figure:
     note = (
         f"{', '.join(log.devices)}, {row.dtype}, {row.states} states; the floor is the longer of one exponential for each "
         f"token, channel and state (two with the backward pass)\nand all inputs and outputs moved once, at speeds measured in "
-        f"the run of {KERNELS[0]}. {PEER} was timed on another day, on a card of the same kind."
+        f"the run of {KERNELS[0]}. {' and '.join(KERNELS)} are this library's; {PEER}, Mamba's own CUDA kernel, was timed on "
+        "another day,\non a card of the same kind."
     )
     figure, axes = style.figure("Time of the selective scan, in multiples of its floor", 2, note=note, width=5.6, height=4.3)
     for panel, of in zip(axes, PASSES, strict=True):

@@ -29,7 +29,8 @@ def draw(metrics: Path, cost: Path) -> Figure:
     batches = file.series("batches")
     worst = " and ".join(f"{count:g} of {tokens:,} tokens" for tokens, count in batches.items())
     note = f"Left and middle: worst of random batches of hard router logits, {worst}; {experts:g} experts, "
-    note += f"temperature {temperature:g}.\nRight: {costs.text('device')}, two cards, the MoE layer of BlackMamba 340M/1.5B in "
+    note += f"temperature {temperature:g}. Centred: each expert's mean logit is taken from its logits first.\n"
+    note += f"Right: {costs.text('device')}, two cards, the MoE layer of BlackMamba 340M/1.5B in "
     note += "training, 8 x 2048 tokens, 8 iterations."
     title = "Sinkhorn routing: how soon the experts are balanced from each start, and what that costs"
     figure, (left, middle, right) = style.figure(title, 3, note=note, width=4.3, widths=[1, 1, 0.9])
