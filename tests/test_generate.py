@@ -739,7 +739,7 @@ def test_the_command_prints_several_prompts(saved, model, capsys):
     prompts = ["one", "another one", "a third"]
     options = ["--max-tokens", "11", "--temperature", "0.8", "--top-k", "40", "--top-p", "0.9", "--seed", "5"]
     assert generate.main([str(saved), *(a for p in prompts for a in ("--prompt", p)), *options]) == 0
-    completions = model.generate(prompts, max_tokens=11, temperature=0.8, top_k=40, top_p=0.9, seed=5)
+    completions = model.generate(prompts, max_tokens=11, temperature=0.8, top_k=40, top_p=0.9, seed=[5, 6, 7])
     out, error = capsys.readouterr()
     assert error == ""
     assert out == "".join(
