@@ -6,6 +6,7 @@ import gzip
 import importlib
 import importlib.metadata
 import json
+import logging
 import math
 import sys
 import zipfile
@@ -323,7 +324,8 @@ def test_packages_that_cannot_be_read(package, tmp_path):
 def harness():
     """`bm_jax.evaluation.harness`, where lm_eval is installed."""
     pytest.importorskip("lm_eval", reason="install the `evaluate` extra")
-    return importlib.import_module("bm_jax.evaluation.harness")
+    yield importlib.import_module("bm_jax.evaluation.harness")
+    logging.getLogger("lm_eval").handlers.clear()  # its command sets them up, for what standard error was then
 
 
 @pytest.mark.slow
