@@ -18,7 +18,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import zstandard
-from test_tokenizer import small_bpe
+from tiny_models import small_bpe
 
 from bm_jax.config import ConfigError
 from bm_jax.data.prepare import prepare

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from test_tokenizer import small_bpe
+from tiny_models import small_bpe
 
 from bm_jax.config import ConfigError, DataConfig
 from bm_jax.data.pipeline import open_data

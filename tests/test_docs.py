@@ -32,9 +32,9 @@ from typing import NamedTuple
 import jax
 import openai
 import pytest
-import tokenizers
 import tyro
 from jax.experimental.compilation_cache import compilation_cache
+from tiny_models import small_bpe
 
 import bm_jax
 import configs
@@ -399,15 +399,7 @@ def trained(tmp_path_factory):
     held_out.write_text(shakespeare_texts()["validation"]["julius_caesar.txt"][:3000])
     lines = [json.dumps({"text": play[start : start + 500]}) for start in range(40_000, 50_000, 500)]
     (folder / "more.jsonl.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator([play[:6000]], trainer)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    small_bpe().save(str(folder / "tokenizer.json"))
     config = ModelConfig(("mamba",), 2, width=32, vocab_size=264, mamba=MambaConfig(state_size=4), final_norm="rmsnorm")
     LanguageModel(config, init_parameters(config, jax.random.key(0)), ByteTokenizer()).save(folder / "model")
     convert.export_checkpoint(folder / "model", folder / "SRC", "hf-mamba")

@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from tiny_models import BYTE, FAMILIES, random_parameters, tiny_config, tiny_model
+from tiny_models import BYTE, FAMILIES, random_parameters, small_bpe, tiny_config, tiny_model
 
 from bm_jax import evaluate
 from bm_jax.config import ConfigError
@@ -334,18 +334,9 @@ def test_the_hugging_face_backend_gives_the_same_choices_and_likelihoods(harness
     """Of 200 documents of every task, of whole texts, and of what is written until a stop string."""
     for name in ("torch", "transformers", "accelerate"):
         pytest.importorskip(name, reason="install the `parity` extra")
-    import tokenizers
     from lm_eval.api.instance import Instance
 
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=600, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator([TEXT[:100_000]], trainer)
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    small_bpe().save(str(tmp_path / "tokenizer.json"))
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     parity = importlib.import_module("evaluation_parity")
     ours, theirs = parity.make_models(tmp_path, tmp_path / "tokenizer.json", width=32, layers=2)

@@ -7,26 +7,11 @@ import pytest
 import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_models import small_bpe
 
 from bm_jax.config import ConfigError
 from bm_jax.data.bundled import shakespeare_texts
 from bm_jax.data.tokenizer import PIECE_CHARACTERS, JsonTokenizer, cut_at_line_breaks, load_tokenizer
-
-
-def small_bpe(end: str = "<|endoftext|>", pre_tokenizer=None) -> tokenizers.Tokenizer:
-    """A GPT-NeoX-like byte-level BPE of 400 ids, trained on a play; also with added tokens for runs of spaces."""
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizer or tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=[end, "<|padding|>"],
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([shakespeare_texts()["train"]["macbeth.txt"][:6000]], trainer)
-    tokenizer.add_tokens([tokenizers.AddedToken("    ", normalized=True)])
-    return tokenizer
 
 
 @pytest.fixture(scope="module")

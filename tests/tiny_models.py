@@ -1,11 +1,13 @@
-"""Small models with random parameters, of every family, that read and write bytes."""
+"""Small models with random parameters, of every family, that read and write bytes; and a small tokenizer of words."""
 
 from __future__ import annotations
 
 import jax
 import numpy as np
+import tokenizers
 
 from bm_jax.config import AttentionConfig, MambaConfig, MlpConfig, ModelConfig, MoeConfig
+from bm_jax.data.bundled import shakespeare_texts
 from bm_jax.data.tokenizer import ByteTokenizer
 from bm_jax.language_model import LanguageModel
 from bm_jax.model import init_parameters
@@ -49,3 +51,19 @@ def random_parameters(config: ModelConfig):
 
 def tiny_model(config: ModelConfig, **values) -> LanguageModel:
     return LanguageModel(config, random_parameters(config), BYTE, **values)
+
+
+def small_bpe(end: str = "<|endoftext|>", pre_tokenizer=None) -> tokenizers.Tokenizer:
+    """A GPT-NeoX-like byte-level BPE of 400 ids, trained on a play; also with added tokens for runs of spaces."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizer or tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=[end, "<|padding|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([shakespeare_texts()["train"]["macbeth.txt"][:6000]], trainer)
+    tokenizer.add_tokens([tokenizers.AddedToken("    ", normalized=True)])
+    return tokenizer
