@@ -146,8 +146,10 @@ class _Batches(Sequence[dict[str, np.ndarray]]):
 def open_data(config: DataConfig, vocab_size: int) -> Data:
     """Open every source of `config` for a model whose ids are 0 .. `vocab_size - 1`.
 
-    Nothing is read but manifests, indices and the bundled text. Raises DataError (a ConfigError) when a file is missing
-    or damaged, or when tokenizer, data and model do not go together.
+    Nothing is read but manifests, indices and the bundled text.
+
+    Raises:
+        DataError: (a ConfigError) a file is missing or damaged, or tokenizer, data and model do not go together.
     """
     tokenizer = load_tokenizer(config.tokenizer)
     if tokenizer.vocab_size > vocab_size:

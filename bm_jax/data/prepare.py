@@ -60,19 +60,24 @@ def prepare(
 ) -> Manifest:
     """Make the prepared folder `out` from text; the same call again continues one that was interrupted.
 
-    inputs: .txt (a document each), .jsonl, .jsonl.gz, .jsonl.zst and .parquet files (a document a line or row, in field
-    `text_field`), folders of those, or `hf:NAME?config=C&split=S` for a data set of the package `datasets`. Lines, rows
-    and text files that cannot be used are skipped, counted and, the first few, named in the manifest.
+    Args:
+        inputs: .txt (a document each), .jsonl, .jsonl.gz, .jsonl.zst and .parquet files (a document a line or row), folders
+            of those, or `hf:NAME?config=C&split=S` for a data set of the package `datasets`. Lines, rows and text files that
+            cannot be used are skipped, counted and, the first few, named in the manifest.
+        out: the folder to make.
+        tokenizer: `byte`, or the path of a tokenizer.json or of its folder.
+        text_field: field or column that holds the text.
+        validation_fraction: share of the documents held out, chosen by a hash of their text; at least one on either side if
+            there are two different ones, none for 0.
+        workers: processes; default one for each core. The result does not depend on it. As always with processes, a script
+            (not a notebook) needs its `if __name__ == "__main__":`.
+        document_bytes: longer .txt files are divided, at a blank line or line break, into documents of about this size (0:
+            never), so that one big file can be held out from and worked on in parallel.
+        unit_bytes: input of one shard, about.
+        progress: show a bar.
 
-    validation_fraction: share of the documents held out, chosen by a hash of their text; at least one on either side if
-    there are two different ones, none for 0.
-    workers: processes; default one for each core. The result does not depend on it. As always with processes, a script
-    (not a notebook) needs its `if __name__ == "__main__":`.
-    document_bytes: longer .txt files are divided, at a blank line or line break, into documents of about this size (0:
-    never), so that one big file can be held out from and worked on in parallel.
-    unit_bytes: input of one shard, about.
-
-    Raises DataError when there is nothing to read, a file is damaged, or `out` holds something else.
+    Raises:
+        DataError: there is nothing to read, a file is damaged, or `out` holds something else.
     """
     given = [inputs] if isinstance(inputs, str | os.PathLike) else list(inputs)
     if not 0 <= validation_fraction < 1:

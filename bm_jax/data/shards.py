@@ -166,7 +166,11 @@ def is_prepared(folder: Path) -> bool:
 
 
 def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
-    """The manifest of a prepared folder, or DataError."""
+    """The manifest of a prepared folder.
+
+    Raises:
+        DataError: there is none, or it is damaged or of another version.
+    """
     path = Path(folder) / MANIFEST
     remedy = "make the folder with `python -m bm_jax.data prepare INPUT... OUT`"
     try:
@@ -206,7 +210,10 @@ def open_prepared(
     """The train and validation streams of a prepared folder; tokens are read as they are asked for.
 
     Every shard's size is checked, the tokenizer's fingerprint if `tokenizer` is given, and the ids against the
-    model's `vocab_size` if that is given. Raises DataError naming the file, expected, found and what to do.
+    model's `vocab_size` if that is given.
+
+    Raises:
+        DataError: one of these is wrong; the message names the file, expected, found and what to do.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
@@ -249,7 +256,10 @@ def verify(folder: str | os.PathLike[str]) -> Manifest:
     """Read every byte of a prepared folder and check it against the manifest.
 
     Checks sizes, checksums, that the ids exist, that documents end with the end-of-document id and that the tokenizer
-    is the recorded one. Returns the manifest; raises DataError naming every file that is wrong.
+    is the recorded one. Returns the manifest.
+
+    Raises:
+        DataError: names every file that is wrong.
     """
     from bm_jax.data.tokenizer import load_tokenizer
 

@@ -71,7 +71,9 @@ class TokenStream:
         """Tokens start .. stop - 1 and their segment ids, both int32 [stop - start].
 
         The segment id is 1 for the document that holds token `start` and one more for each document after it.
-        Raises DataError when an id is not one of the model's.
+
+        Raises:
+            DataError: an id is not one of the model's.
         """
         if not 0 <= start <= stop <= self.tokens:
             raise IndexError(f"tokens {start} to {stop} of a stream of {self.tokens}")

@@ -51,7 +51,8 @@ class Tokenizer(abc.ABC):
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`. Special ids give no text; bytes that are not UTF-8 give U+FFFD.
 
-        Raises DataError for an id outside 0 .. `vocab_size - 1`.
+        Raises:
+            DataError: an id is outside 0 .. `vocab_size - 1`.
         """
         checked = [int(i) for i in ids]
         for i in checked:
@@ -194,7 +195,8 @@ def _divisible_at_line_breaks(tokenizer: Any, definition: dict[str, Any]) -> boo
 def load_tokenizer(name_or_path: str | os.PathLike[str]) -> Tokenizer:
     """The built-in tokenizer `byte`, or the one defined by a `tokenizer.json` or the folder that holds it.
 
-    Raises DataError (a ConfigError) saying what to do when there is no such file or it cannot be used.
+    Raises:
+        DataError: (a ConfigError) there is no such file or it cannot be used; the message says what to do.
     """
     if str(name_or_path) == "byte":
         return ByteTokenizer()
