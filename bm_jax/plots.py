@@ -77,7 +77,7 @@ def plot_expert_load(metrics: Rows, path: str | os.PathLike) -> None:
         shade = str(0.6 * (1 - layer / max(layers - 1, 1)))  # the deeper, the darker
         right.plot(steps, busiest[:, layer], color=shade, linewidth=1.2, marker=_marker(steps))
         labels.append((steps[-1], busiest[-1, layer], f"layer {layer}: {busiest[-1, layer]:.2f}", shade))
-    right.set(title="Busiest expert", xlabel="step", ylabel="load (1 = equal share)")
+    right.set(title="Busiest expert in inference routing", xlabel="step", ylabel="load (1 = equal share)")
     right.set_ylim(bottom=1)
     _finish(right)
     if layers > 8:  # room for the extremes only

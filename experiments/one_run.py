@@ -119,6 +119,10 @@ def train(plan: Plan) -> dict[str, Any]:
             for row in rows
             if "validation_loss" in row
         ],
+        # Of the same batches: what was trained, with balanced routing and router losses, and the loss with inference routing.
+        "training": [
+            {"step": row["step"], "objective": row["objective"], "nats_per_token": row["loss"]} for row in rows if "loss" in row
+        ],
         "expert_load": [
             {
                 "step": row["step"],

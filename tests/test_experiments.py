@@ -72,6 +72,7 @@ def test_learning_goes_on_where_it_stopped(data, tmp_path, capsys, monkeypatch):
     # Bytes as tokens, an end of a document each 301: nats a token are bits a byte but for that.
     assert last["bits_per_byte"] == pytest.approx(last["nats_per_token"] / np.log(2) * 301 / 300, rel=5e-3)
     assert len(kept["runs"][0]["expert_load"][-1]["training"]) == 2
+    assert kept["runs"][0]["training"][-1]["objective"] == pytest.approx(last["nats_per_token"], rel=0.2)
     assert not list((tmp_path / "runs").glob("*/checkpoints"))
     monkeypatch.setattr(learning.subprocess, "run", None)
     learning.main(options)
