@@ -495,6 +495,9 @@ def test_tasks_go_on_where_they_were_stopped(harness, model, directory, package,
     last.flat[-1] += 1
     other = LanguageModel(model.config, jax.tree.unflatten(jax.tree.structure(model.parameters), [*leaves, last]), BYTE)
     other.save(tmp_path / "other")
+    assert evaluate.main([str(tmp_path / "other"), *command[1:]]) == 1
+    assert "has results of another model" in capsys.readouterr().err
+    output.unlink()
     assert evaluate.main([str(tmp_path / "other"), *command[1:]]) == 0
     assert len(scored) == 2 * (6 + 6 * 4)
     # Without a file nothing is kept, and the answers are the same.
