@@ -1,7 +1,7 @@
 """What a model is worth, from the command line: `python -m bm_jax.evaluate RUN_OR_MODEL_DIR --tasks lambada hellaswag`.
 
     --tasks      tasks of lm-evaluation-harness (`pip install -e ".[evaluate]"`), from the hub, or with --package from a file
-    --text       bits a byte of text files, folders of them, or the held-out part of prepared data
+    --text       bits per byte of text files, folders of them, or the held-out part of prepared data
     --probes     needle (a fact in a long text) and copying (random tokens a second time)
 
 Results are printed as tables as they are known and, with --output, written as JSON after each part; a file of the same model
@@ -152,7 +152,7 @@ def earlier_results(output: str | None, own: Mapping[str, Any]) -> dict[str, Any
 
 
 def evaluate_text(scorer: Scorer, request: Arguments) -> dict[str, Any]:
-    """Bits a byte of each path of `--text`."""
+    """Bits per byte of each path of `--text`."""
     from bm_jax.evaluation.bits_per_byte import bits_per_byte
 
     found: dict[str, Any] = {}
@@ -160,7 +160,7 @@ def evaluate_text(scorer: Scorer, request: Arguments) -> dict[str, Any]:
         with tqdm(desc=path, unit=" bytes", unit_scale=True) as bar:
             for measured in bits_per_byte(scorer, path, limit=request.limit):
                 bar.update(measured.bytes - bar.n)
-                bar.set_postfix_str(f"{measured.per_byte:.4f} bits a byte")
+                bar.set_postfix_str(f"{measured.per_byte:.4f} bits per byte")
                 values = {"bits_per_byte": measured.per_byte, "perplexity": measured.perplexity}
                 found[path] = dataclasses.asdict(measured) | values
     print(table([{"text": path} | values for path, values in found.items()]), flush=True)

@@ -197,7 +197,7 @@ class LanguageModel:
         rows = np.atleast_2d(ids)
         B, L = rows.shape
         self._check_length(L, "logits", self.max_prompt_tokens or LONGEST)
-        padded = np.zeros((_bucket(B), _bucket(L, SHORTEST_BUCKET)), np.int32)
+        padded = np.zeros((bucket(B), bucket(L, SHORTEST_BUCKET)), np.int32)
         padded[:B, :L] = rows
         segment_ids = np.zeros_like(padded)
         segment_ids[:B, :L] = 1
@@ -378,14 +378,14 @@ class LanguageModel:
 
     def _decode(self, read: State, configs: list[SamplingConfig]) -> Iterator[Piece]:
         """The decode path: from what was read, draw tokens chunk by chunk, hand out text as it is certain."""
-        tokenizer, B = self.tokenizer, _bucket(len(configs))
+        tokenizer, B = self.tokenizer, bucket(len(configs))
         recent = np.asarray(read.recent)
         writers = [Writer(tokenizer, before[before >= 0].tolist(), c) for before, c in zip(recent, configs, strict=False)]
         if len(read.recent) != B:
             read = read.fork([*range(len(configs)), *[0] * (B - len(configs))])
         if "attention" in self.config.kinds:
             most = int(np.max(read.read)) + max(c.max_tokens for c in configs)
-            read = state.with_room(read, max(_bucket(most), state.room(read)))
+            read = state.with_room(read, max(bucket(most), state.room(read)))
         rows = decoding.make_rows(configs, B, end=tokenizer.end_of_document, vocab_size=tokenizer.vocab_size)
         number, limited = jnp.zeros(B, jnp.int32), any(c.limited for c in configs)
         seen = decoding.seen_before(configs, read.seen)
@@ -417,11 +417,11 @@ class LanguageModel:
         The state has a row for each, and rows of the bucket that mean nothing.
         """
         distinct = list(dict.fromkeys(map(tuple, ids))) if after is None or len(after.recent) == 1 else list(map(tuple, ids))
-        B, longest = _bucket(len(distinct)), max(map(len, distinct))
+        B, longest = bucket(len(distinct)), max(map(len, distinct))
         config, room = unrolled(self.config), 0
         if "attention" in self.config.kinds:
-            padded = _bucket(longest, SHORTEST_BUCKET) if longest <= PIECE else -(-longest // PIECE) * PIECE
-            room = _bucket(padded + more + (0 if after is None else int(np.max(after.read))))
+            padded = bucket(longest, SHORTEST_BUCKET) if longest <= PIECE else -(-longest // PIECE) * PIECE
+            room = bucket(padded + more + (0 if after is None else int(np.max(after.read))))
         if after is None:
             read = state.empty(config, B, room)
         else:
@@ -443,7 +443,7 @@ def pieces(rows: Sequence[Sequence[int]], batch: int, piece: int, least: int) ->
     """
     longest, start = max(map(len, rows)), 0
     while start < longest:
-        size = min(piece, _bucket(longest - start, least))
+        size = min(piece, bucket(longest - start, least))
         tokens, lengths = np.zeros((batch, size), np.int32), np.zeros(batch, np.int32)
         for row, ids in enumerate(rows):
             part = ids[start : start + size]
@@ -494,7 +494,7 @@ def _logits(
     return unembed(head, hidden, config).astype(jnp.float32)
 
 
-def _bucket(size: int, least: int = 1) -> int:
+def bucket(size: int, least: int = 1) -> int:
     """The smallest power of two that is at least `size` and `least`."""
     return 1 << (max(size, least) - 1).bit_length()
 

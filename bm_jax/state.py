@@ -30,7 +30,7 @@ from bm_jax.tensor_file import Kind, TensorFile, TensorFileError, write_tensor_f
 
 RECENT = 8
 """Ids kept for the tokenizer: some decode an id differently after others."""
-FORMAT, VERSION = "blackmamba-jax state", 1
+FORMAT, VERSION = "blackmamba-jax state", 2
 
 
 class State(NamedTuple):

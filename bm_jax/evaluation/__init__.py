@@ -1,1 +1,1 @@
-"""What a trained model is worth: likelihoods of text, standard tasks, bits a byte, probes of its memory."""
+"""What a trained model is worth: likelihoods of text, standard tasks, bits per byte, probes of its memory."""

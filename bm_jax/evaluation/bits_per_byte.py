@@ -1,4 +1,4 @@
-"""Bits a byte of text: what a tokenizer cannot flatter, by source.
+"""Bits per byte of text: what a tokenizer cannot flatter, by source.
 
 The negative log likelihood of a document's tokens, the first after the end-of-document id, in bits, over its bytes in UTF-8.
 The end of the document itself is not scored. A byte model and a token model can be compared by it.
@@ -38,7 +38,7 @@ class BitsPerByte:
 
     @property
     def per_byte(self) -> float:
-        """Bits a byte."""
+        """Bits per byte."""
         return self.bits / self.bytes
 
     @property
@@ -49,7 +49,7 @@ class BitsPerByte:
 
 
 def bits_per_byte(scorer: Scorer, path: str | Path, *, limit: int | None = None) -> Iterator[BitsPerByte]:
-    """Bits a byte of a source, growing as documents are read; the last value is that of the whole.
+    """Bits per byte of a source, growing as documents are read; the last value is that of the whole.
 
     Args:
         scorer: of the model.

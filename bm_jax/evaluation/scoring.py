@@ -17,7 +17,7 @@ from jax import Array
 
 from bm_jax.cache import Cache, init_cache
 from bm_jax.config import ModelConfig
-from bm_jax.language_model import LONGEST, PIECE, SHORTEST_BUCKET, LanguageModel, compute_parameters, pieces
+from bm_jax.language_model import LONGEST, PIECE, SHORTEST_BUCKET, LanguageModel, bucket, compute_parameters, pieces
 from bm_jax.model import Parameters, forward, unrolled
 from bm_jax.model import logits as unembed
 
@@ -89,13 +89,14 @@ class Scorer:
                 raise ValueError(f"score: row {number} has ids outside 0 to {vocabulary - 1}")
             if self.max_length is not None and len(row.ids) > self.max_length + 1:
                 raise ValueError(f"score: row {number} has {len(row.ids)} tokens, more than {self.max_length} and one")
+        padded = [bucket(len(row.ids) - 1, SHORTEST_BUCKET) for row in rows]  # what rows of one batch share
         order = sorted(range(len(rows)), key=lambda number: -len(rows[number].ids))
         while order:
-            size = _padded(rows[order[0]])
-            alike = [number for number in order if _padded(rows[number]) == size]
+            size = padded[order[0]]
+            alike = [number for number in order if padded[number] == size]
             # Attention keeps all of a row, other layers nothing but a piece.
             at_once = size if "attention" in self._config.kinds else min(size, PIECE)
-            batch = min(_no_more(self.batch_tokens // at_once), 1 << (len(alike) - 1).bit_length())
+            batch = min(_no_more(self.batch_tokens // at_once), bucket(len(alike)))
             for start in range(0, len(alike), batch):
                 numbers = alike[start : start + batch]
                 yield from zip(numbers, self._score_together([rows[n] for n in numbers], batch, size), strict=True)
@@ -134,11 +135,6 @@ class Scorer:
         starts = range(0, len(ids) - 1, step)
         begins = [min(start, max(0, len(ids) - 1 - step)) for start in starts]
         return [Row(ids[b : start + step + 1], start - b + 1) for start, b in zip(starts, begins, strict=True)]
-
-
-def _padded(row: Row) -> int:
-    """Tokens that are read of a row, as the power of two that rows of one batch share."""
-    return 1 << (max(len(row.ids) - 1, SHORTEST_BUCKET) - 1).bit_length()
 
 
 def _no_more(number: int) -> int:
