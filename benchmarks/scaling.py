@@ -60,6 +60,7 @@ def measure(text: str, options: argparse.Namespace) -> dict[str, Any]:
     rows, length = options.rows * size, config.data.sequence_length
     config = dataclasses.replace(
         config,
+        model=dataclasses.replace(config.model, scan_unroll=options.unroll),
         data=dataclasses.replace(config.data, batch_size=rows),
         run=dataclasses.replace(config.run, remat=options.remat),
     )
@@ -110,6 +111,7 @@ def main() -> None:
     parser.add_argument("--mesh", action="append", help="as data=2; may be repeated; compared with the first")
     parser.add_argument("--rows", type=int, default=8, help="rows of a batch for each device")
     parser.add_argument("--remat", default="none", help="of the step, as run.remat")
+    parser.add_argument("--unroll", type=int, default=1, help="as model.scan_unroll")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--repeat", type=int, default=4, help="steps in one timing")
     parser.add_argument("--trace", action="store_true")

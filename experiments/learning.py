@@ -44,8 +44,8 @@ class Options:
     """Where runs and results are kept."""
     metrics: Path | None = None
     """JSON file of all results; that of this repository if None, or of tiny models one in `output`."""
-    steps: int = 2400
-    """Of a whole run: at 32 windows of 1,024 tokens, 79 M tokens."""
+    steps: int = 1600
+    """Of a whole run: at 32 windows of 1,024 tokens, 52 M tokens."""
     rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
     """Learning rates that each system chooses from."""
     seeds: tuple[int, ...] = (0, 1)
@@ -53,7 +53,7 @@ class Options:
     systems: tuple[str, ...] = (*SYSTEMS, *VARIANTS)
     """Those trained; variants take the rate of BlackMamba."""
     devices: int = 1
-    """Runs at once, each on a GPU of its own where there are GPUs."""
+    """Runs that train at once, each on a GPU of its own where there are GPUs; as many more compile meanwhile."""
     keep: bool = False
     """Keep the checkpoints of the chosen runs with the first seed."""
     sequence_length: int = 1024
@@ -93,7 +93,8 @@ def main(options: Options) -> None:
 
 def trials(options: Options, name: str) -> list[Plan]:
     """A quarter of the steps with each learning rate."""
-    return [plan_of(options, name, options.seeds[0], rate, max(1, options.steps // 4)) for rate in options.rates]
+    plans = (plan_of(options, name, options.seeds[0], rate, max(1, options.steps // 4)) for rate in options.rates)
+    return [dataclasses.replace(plan, snapshots=1) for plan in plans]
 
 
 def whole_runs(options: Options, name: str, chosen: dict[str, float]) -> list[Plan]:
@@ -114,9 +115,12 @@ def plan_of(options: Options, name: str, seed: int, rate: float, steps: int) -> 
 
 
 def run_all(plans: Sequence[Plan], options: Options) -> list[dict[str, Any]]:
-    """The results of all plans, those of earlier calls read from their files; errors are raised when all have ended."""
+    """The results of all plans, those of earlier calls read from their files; errors are raised when all have ended.
+
+    Two processes share a device: one trains while the other compiles and waits for its turn.
+    """
     devices: queue.Queue[int] = queue.Queue()
-    for number in range(options.devices):
+    for number in 2 * list(range(options.devices)):
         devices.put(number)
 
     def run(plan: Plan) -> dict[str, Any] | str:
@@ -125,7 +129,9 @@ def run_all(plans: Sequence[Plan], options: Options) -> list[dict[str, Any]]:
             device = devices.get()
             try:
                 environment = os.environ | ({"CUDA_VISIBLE_DEVICES": str(device)} if options.devices > 1 else {})
-                command = [sys.executable, "-m", "experiments.one_run", json.dumps(dataclasses.asdict(plan)), str(result)]
+                turn = Path(options.output) / f"device{device}.lock"
+                arguments = [json.dumps(dataclasses.asdict(plan)), str(result), str(turn)]
+                command = [sys.executable, "-m", "experiments.one_run", *arguments]
                 with open(f"{plan.directory}.log", "w", encoding="utf-8") as log:
                     status = subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT).returncode
             finally:
@@ -139,7 +145,7 @@ def run_all(plans: Sequence[Plan], options: Options) -> list[dict[str, Any]]:
         return json.loads(result.read_text())
 
     print(f"{len(plans)} runs of {plans[0].steps} steps", flush=True)
-    with ThreadPoolExecutor(options.devices) as pool:
+    with ThreadPoolExecutor(devices.qsize()) as pool:
         results = list(pool.map(run, plans))
     failed = [one for one in results if isinstance(one, str)]
     if failed:

@@ -1,17 +1,22 @@
 """One training run of `experiments.learning`, in a process of its own.
 
-    python -m experiments.one_run '{"system": "mamba", "seed": 0, ...}' RESULT.json
+    python -m experiments.one_run '{"system": "mamba", "seed": 0, ...}' RESULT.json TURN.lock
 
-The first argument has the fields of `Plan`; what was measured is written to the file, when the run is at its end.
+The first argument has the fields of `Plan`; what was measured is written to the first file, when the run is at its end. The
+steps are compiled at once, but trained only while the run holds the lock of the second file: of several runs on one device,
+which name the same file, one trains and the others do not slow it down.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import json
 import math
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +25,6 @@ import numpy as np
 from bm_jax.config import Config, DataConfig, MeshConfig, OptimizerConfig, RunConfig, from_dict
 from bm_jax.data.shards import open_prepared, write_durably
 from bm_jax.data.tokenizer import load_tokenizer
-
-SNAPSHOTS = 20
-"""How often a run looks at held-out text and at the load of its experts."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +44,8 @@ class Plan:
     batch_size: int = 32
     held_out_tokens: int = 500_000
     """Of held-out text, about, that each validation reads."""
+    snapshots: int = 20
+    """How often a run looks at held-out text and at the load of its experts."""
     tiny: bool = False
     """A model that a CPU can train in seconds."""
 
@@ -51,7 +55,7 @@ def config_of(plan: Plan) -> Config:
     from experiments.systems import SYSTEMS, VARIANTS, tiny
 
     model = (SYSTEMS | VARIANTS)[plan.system]
-    every = max(1, plan.steps // SNAPSHOTS)
+    every = max(1, plan.steps // plan.snapshots)
     return Config(
         model=tiny(model) if plan.tiny else model,
         data=DataConfig(
@@ -77,7 +81,7 @@ def config_of(plan: Plan) -> Config:
     )
 
 
-def train(plan: Plan) -> dict[str, Any]:
+def train(plan: Plan, turn: Path) -> dict[str, Any]:
     """Train, or go on, or find that all is trained; what was measured."""
     import jax
 
@@ -87,7 +91,10 @@ def train(plan: Plan) -> dict[str, Any]:
     from experiments.systems import active_without_embeddings
 
     config = config_of(plan)
-    result = fit(config)
+    jax.config.update("jax_compilation_cache_dir", str(turn.with_name("compiled").resolve()))
+    compile_steps(config)
+    with holding(turn):
+        result = fit(config)
     if not result.finished:
         raise SystemExit(f"{plan.directory}: stopped after step {result.step}")
     rows = read_metrics(plan.directory)
@@ -136,6 +143,33 @@ def train(plan: Plan) -> dict[str, Any]:
     }
 
 
+def compile_steps(config: Config) -> None:
+    """Compile what `fit` will, into JAX's cache of compiled programs, where `fit` finds it."""
+    import jax
+
+    from bm_jax.data import open_data
+    from bm_jax.sharding import make_mesh
+    from bm_jax.train import Run
+
+    mesh = make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        run = Run(config, open_data(config.data, config.model.vocab_size), mesh)
+        shape = (config.data.batch_size, config.data.sequence_length + 1)
+        tokens = jax.ShapeDtypeStruct(shape, np.int32, sharding=run.batch_sharding)
+        batch = {"tokens": tokens, "segment_ids": tokens}
+        run.initialize.lower().compile()
+        run.train_step.lower(run.abstract, batch).compile()
+        run.eval_step.lower(run.abstract.params, batch).compile()
+
+
+@contextlib.contextmanager
+def holding(path: Path) -> Iterator[None]:
+    """While no other process does."""
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def held_out_bytes_a_token(folder: str) -> float:
     """Bytes of the held-out documents' text over their tokens, the end of each among them, as the loss counts them."""
     tokenizer = load_tokenizer(folder)
@@ -150,9 +184,9 @@ def _rounded(values: Any) -> Any:
 
 def main() -> None:
     """The command."""
-    plan, result = from_dict(Plan, json.loads(sys.argv[1])), Path(sys.argv[2])
+    plan, result, turn = from_dict(Plan, json.loads(sys.argv[1])), Path(sys.argv[2]), Path(sys.argv[3])
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    write_durably(result, json.dumps(train(plan)) + "\n")
+    write_durably(result, json.dumps(train(plan, turn)) + "\n")
 
 
 if __name__ == "__main__":

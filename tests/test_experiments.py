@@ -103,7 +103,7 @@ def test_plans_become_the_configurations_that_they_say(data):
     config = one_run.config_of(plan)
     assert (config.model.moe.experts, config.run.seed, config.data.seed) == (16, 3, 3)
     assert (config.optimizer.learning_rate, config.optimizer.warmup_steps) == (2e-3, 120)
-    assert config.run.eval_every * one_run.SNAPSHOTS == config.run.steps
+    assert config.run.eval_every * plan.snapshots == config.run.steps
 
 
 def run(system: str, curve: list[float], seed: int = 0, loads: list[list[float]] | None = None) -> dict:
