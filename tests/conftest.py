@@ -54,6 +54,13 @@ import jax  # noqa: E402
 ROOT = Path(__file__).resolve().parent.parent
 
 
+@pytest.fixture(autouse=True, scope="session")
+def compiled_once(tmp_path_factory):
+    """What the processes that tests start have compiled is kept for the next ones; this process, where jax runs, keeps nothing."""
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path_factory.mktemp("compiled"))
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+
+
 @pytest.fixture(autouse=True, scope="module")
 def forget_compiled():
     """Drop a module's compiled programs after it: each keeps some memory maps, and Linux allows a process 65,530."""
