@@ -18,13 +18,13 @@ from jax.sharding import AbstractMesh, AxisType
 from bm_jax.cache import init_cache
 from bm_jax.config import GATED_ACTIVATIONS, Config, ConfigError, MeshConfig, ModelConfig
 from bm_jax.decoding import CHUNK
-from bm_jax.expert_parallel import SLACK
+from bm_jax.expert_parallel import FEW, SLACK
 from bm_jax.hlo import Movement, Traffic
 from bm_jax.language_model import COMPUTE_KERNELS
 from bm_jax.metrics import model_flops_per_token
 from bm_jax.model import init_parameters
 from bm_jax.plan_report import Program
-from bm_jax.sharding import AXES, BATCH_AXES, parameter_shardings
+from bm_jax.sharding import AXES, BATCH_AXES, axes_of, parameter_shardings, path_name
 from bm_jax.topologies import Topology
 
 REMAT = ("none", "dots", "full")
@@ -177,7 +177,7 @@ def estimate_inference(config: Config, topology: Topology, program: str) -> Prog
     flops = per_token * batch * length * passes / topology.size
     moved = Traffic()
     for path, split in zip(own, splits, strict=True):
-        if "fsdp" in split.spec:
+        if "fsdp" in axes_of(split.spec):
             payload = 2.0 * own[path] * mesh.fsdp
             moved += Traffic(1, payload, payload * (mesh.fsdp - 1) / mesh.fsdp).times(passes)
     exchanged = local * model.moe.top_k * SLACK * 2.0 * model.width
@@ -227,14 +227,17 @@ def _collectives(config: Config, shapes: Any, shardings: Any, local: float) -> d
         if share and payload:
             totals[kind] += Traffic(1, payload, payload * share).times(times)
 
-    for leaf, sharding in zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings), strict=True):
+    leaves = jax.tree_util.tree_leaves_with_path(shapes)
+    for (path, leaf), sharding in zip(leaves, jax.tree.leaves(shardings), strict=True):
         own = math.prod(sharding.shard_shape(leaf.shape))
-        axes = {axis for axis in sharding.spec if axis}
+        axes = axes_of(sharding.spec)
         copies = math.prod(getattr(mesh, axis) for axis in (*BATCH_AXES, "sequence") if axis not in axes)
         add("all-reduce", copies, 4.0 * own)
         if "fsdp" in axes:
             add("all-gather", mesh.fsdp, 2.0 * own * mesh.fsdp, (3 if full else 2) * config.run.accumulation)
-            add("reduce-scatter", mesh.fsdp, 4.0 * own * mesh.fsdp, config.run.accumulation)
+            exchanged = "moe" in path_name(path) and mesh.fsdp <= FEW
+            kind, size = ("all-to-all", 2.0) if exchanged else ("reduce-scatter", 4.0)
+            add(kind, mesh.fsdp, size * own * mesh.fsdp, config.run.accumulation)
     moe_layers = model.repeats * model.kinds.count("moe")
     passes = 3 if full else 2
     rows = local * model.moe.top_k * SLACK * 2.0 * model.width

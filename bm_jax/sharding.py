@@ -41,10 +41,14 @@ PARAMETER_SPECS: tuple[tuple[str, PartitionSpec], ...] = (
     (r"periods/.*/mlp/w_in", P(None, "fsdp", None, "tensor")),
     (r"periods/.*/mlp/w_out", P(None, "tensor", "fsdp")),
     (r"periods/.*/moe/router(_bias)?", P()),
-    (r"periods/.*/moe/w_in", P(None, "expert", "fsdp", None, "tensor")),
-    (r"periods/.*/moe/w_out", P(None, "expert", "tensor", "fsdp")),
+    (r"periods/.*/moe/w_in", P(None, ("expert", "fsdp"), None, None, "tensor")),
+    (r"periods/.*/moe/w_out", P(None, ("expert", "fsdp"), "tensor", None)),
 )
-"""Pattern of the whole parameter path, and how the array is split. The first axis of `periods` is the loop over depth."""
+"""Pattern of the whole parameter path, and how the array is split. The first axis of `periods` is the loop over depth.
+
+Experts are split by `fsdp`, too: whole ones are gathered, and their gradients scattered, without a transpose. Where there are
+too few of them, `fsdp` splits the model's width (`parameter_spec`).
+"""
 
 
 def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
@@ -70,8 +74,10 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
     return Mesh(np.array(devices[:count]).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def parameter_spec(path: str, ndim: int) -> PartitionSpec:
-    """The PartitionSpec of the parameter at a '/'-separated path.
+def parameter_spec(path: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> PartitionSpec:
+    """The PartitionSpec of the parameter at a '/'-separated path, on a mesh whose axes have these sizes.
+
+    Of two axes that share a dimension which they do not divide, the second goes to the next dimension that has none.
 
     Raises:
         KeyError: no row of the table, or more than one, matches the path.
@@ -79,10 +85,23 @@ def parameter_spec(path: str, ndim: int) -> PartitionSpec:
     rows = [spec for pattern, spec in PARAMETER_SPECS if re.fullmatch(pattern, path)]
     if len(rows) != 1:
         raise KeyError(f"parameter {path!r} is covered by {len(rows)} rows of PARAMETER_SPECS, needs exactly 1")
-    spec = rows[0]
-    if len(spec) > ndim:  # plain activations: w_in without the axis of the two halves
-        spec = P(*(axis for i, axis in enumerate(spec) if i != len(spec) - 2))
-    return spec
+    spec = list(rows[0])
+    if len(spec) > len(shape):  # plain activations: w_in without the axis of the two halves
+        del spec[-2]
+    for i, axes in enumerate(spec):
+        if isinstance(axes, tuple) and shape[i] % _parts(axes, sizes):
+            spec[i], spec[spec.index(None, i)] = axes
+    return P(*spec)
+
+
+def axes_of(spec: PartitionSpec) -> tuple[str, ...]:
+    """The mesh axes that a PartitionSpec names."""
+    return tuple(axis for entry in spec if entry is not None for axis in ((entry,) if isinstance(entry, str) else entry))
+
+
+def _parts(entry: Any, sizes: Mapping[str, int]) -> int:
+    """Into how many parts one entry of a PartitionSpec splits its dimension."""
+    return math.prod(sizes[axis] for axis in axes_of(P(entry)))
 
 
 def path_name(path: tuple[Any, ...]) -> str:
@@ -99,9 +118,9 @@ def parameter_shardings(abstract: Any, mesh: Mesh) -> Any:
 
     def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         name = path_name(path)
-        spec = parameter_spec(name, leaf.ndim)
+        spec = parameter_spec(name, leaf.shape, mesh.shape)
         for size, axis in zip(leaf.shape, spec, strict=False):
-            parts = 1 if axis is None else mesh.shape[axis]
+            parts = _parts(axis, mesh.shape)
             if size % parts:
                 raise ConfigError(
                     f"parameter {name} of shape {leaf.shape}: its dimension {size} cannot be split into "
@@ -133,8 +152,7 @@ def layout(shape: tuple[int, ...], *axes: str | None) -> PartitionSpec:
 
     def entry(size: int, axis: str | None) -> Any:
         names = BATCH_AXES if axis == "batch" else axis
-        parts = math.prod(mesh.shape[name] for name in ([names] if isinstance(names, str) else names or []))
-        return names if size % parts == 0 else None
+        return names if size % _parts(names, mesh.shape) == 0 else None
 
     return P(*(entry(size, axis) for size, axis in zip(shape, axes, strict=True)))
 
@@ -158,8 +176,7 @@ def map_shards(
 def _widen(array: Array, spec: P) -> Array:
     """At least float32 if several devices have the same part of it: the gradient is the sum of theirs."""
     mesh = jax.sharding.get_abstract_mesh()
-    named = [name for entry in spec if entry is not None for name in ((entry,) if isinstance(entry, str) else entry)]
-    copies = mesh.size // math.prod(mesh.shape[name] for name in named)
+    copies = mesh.size // math.prod(mesh.shape[name] for name in axes_of(spec))
     if copies == 1 or not jnp.issubdtype(array.dtype, jnp.floating):
         return array
     return array.astype(jnp.promote_types(array.dtype, jnp.float32))

@@ -56,7 +56,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(autouse=True, scope="session")
 def compiled_once(tmp_path_factory):
-    """What the processes that tests start have compiled is kept for the next ones; this process, where jax runs, keeps nothing."""
+    """What processes that tests start have compiled is kept for the next ones. This process, where jax runs, keeps nothing."""
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path_factory.mktemp("compiled"))
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import re
 import types
 
@@ -26,6 +27,7 @@ from bm_jax.optimizer import make_optimizer
 from bm_jax.sharding import (
     AXES,
     PARAMETER_SPECS,
+    axes_of,
     batch_sharding,
     constrain,
     make_mesh,
@@ -53,9 +55,9 @@ def abstract(config):
 @pytest.mark.parametrize("name", MODELS)
 def test_every_parameter_is_covered_once(name):
     for path, leaf in jax.tree_util.tree_leaves_with_path(abstract(MODELS[name])):
-        spec = parameter_spec(path_name(path), leaf.ndim)  # raises unless exactly one row matches
+        spec = parameter_spec(path_name(path), leaf.shape, Mesh().shape)  # raises unless exactly one row matches
         assert len(spec) in (0, leaf.ndim), path_name(path)
-        named = [axis for axis in spec if axis is not None]
+        named = axes_of(spec)
         assert len(set(named)) == len(named)
         assert set(named) <= set(AXES)
 
@@ -83,18 +85,29 @@ def test_moments_lie_where_their_parameters_lie(name):
         else:
             moments.setdefault(owner, []).append(sharding.spec)
             assert leaf.shape == parameters[owner].shape
-    assert moments == {path: [parameter_spec(path, leaf.ndim)] * 2 for path, leaf in parameters.items()}
+    assert moments == {path: [parameter_spec(path, leaf.shape, mesh.shape)] * 2 for path, leaf in parameters.items()}
 
 
 def test_plain_activations_have_no_axis_for_the_halves():
-    assert parameter_spec("periods/layer_0/mlp/w_in", 4) == PartitionSpec(None, "fsdp", None, "tensor")
-    assert parameter_spec("periods/layer_0/mlp/w_in", 3) == PartitionSpec(None, "fsdp", "tensor")
-    assert parameter_spec("periods/layer_0/moe/w_in", 4) == PartitionSpec(None, "expert", "fsdp", "tensor")
+    one = Mesh().shape
+    assert parameter_spec("periods/layer_0/mlp/w_in", (3, 8, 2, 16), one) == PartitionSpec(None, "fsdp", None, "tensor")
+    assert parameter_spec("periods/layer_0/mlp/w_in", (3, 8, 16), one) == PartitionSpec(None, "fsdp", "tensor")
+    assert parameter_spec("periods/layer_0/moe/w_in", (3, 4, 8, 16), one) == PartitionSpec(
+        None, ("expert", "fsdp"), None, "tensor"
+    )
+
+
+@pytest.mark.parametrize("sizes", [{"expert": 2, "fsdp": 4}, {"fsdp": 16}, {"expert": 8, "fsdp": 2}])
+def test_fsdp_splits_experts_where_there_are_enough(sizes):
+    for name, shape, width in (("w_in", (3, 8, 32, 2, 16), 2), ("w_in", (3, 8, 32, 16), 2), ("w_out", (3, 8, 16, 32), 3)):
+        spec = parameter_spec(f"periods/layer_0/moe/{name}", shape, Mesh(**sizes).shape)
+        assert spec[1] == (("expert", "fsdp") if sizes == {"expert": 2, "fsdp": 4} else "expert")
+        assert spec[width] == (None if sizes == {"expert": 2, "fsdp": 4} else "fsdp")
 
 
 def test_an_unknown_parameter_is_refused():
     with pytest.raises(KeyError, match="covered by 0 rows"):
-        parameter_spec("periods/layer_0/mamba/mystery", 2)
+        parameter_spec("periods/layer_0/mamba/mystery", (2, 3), Mesh().shape)
 
 
 def devices(count):
@@ -141,9 +154,10 @@ def test_presets_fit_eight_devices(preset):
     shapes = abstract(configs.load(preset).model)
     for sizes in ({"fsdp": 8}, {"tensor": 2, "fsdp": 4}):
         for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
-            spec = parameter_spec(path_name(path), leaf.ndim)
-            for size, axis in zip(leaf.shape, spec, strict=False):
-                assert size % sizes.get(axis, 1) == 0, (path_name(path), leaf.shape, sizes)
+            spec = parameter_spec(path_name(path), leaf.shape, Mesh(**sizes).shape)
+            for size, axes in zip(leaf.shape, spec, strict=False):
+                parts = math.prod(sizes.get(axis, 1) for axis in axes_of(PartitionSpec(axes)))
+                assert size % parts == 0, (path_name(path), leaf.shape, sizes)
 
 
 def test_constrain_without_a_mesh_does_nothing():
