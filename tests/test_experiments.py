@@ -16,7 +16,7 @@ from bm_jax.data import prepare
 from bm_jax.data.bundled import shakespeare_texts
 from bm_jax.metrics import model_flops_per_token
 from bm_jax.model import forward
-from experiments import expert_tokens, learning, one_run
+from experiments import expert_tokens, learning, one_run, router_balance
 from experiments.figures import loss_against_flops
 from experiments.systems import SYSTEMS, VARIANTS, active_without_embeddings, tiny
 
@@ -151,3 +151,24 @@ def test_tokens_of_experts_are_those_that_the_model_sends_there():
         expert_tokens.measure(tiny_model(tiny_config(("mamba",))), TEXT, tokens=10, rows=1)
     with pytest.raises(ValueError, match="has 5 tokens, fewer than 8 rows"):
         expert_tokens.measure(model, "a b c", tokens=10, rows=8)
+
+
+def test_router_balance_routes_as_training_and_inference_do():
+    model = tiny_model(tiny_config(("mamba", "moe")))
+    options = router_balance.Options("", tokens=512, rows=4, temperatures=(1.0, 0.1), iterations=(16,))
+    *balanced, inference = router_balance.measure(model, TEXT, options)
+    assert [row["sinkhorn_temperature"] for row in balanced] == [1.0, 0.1]
+    ids = jax.numpy.array(model.tokenizer.encode(TEXT)[:512]).reshape(4, -1)
+    for row, training in ((balanced[1], True), (inference, False)):
+        moe = {name: value for name, value in row.items() if name.startswith("sinkhorn")}
+        config = dataclasses.replace(model.config, moe=dataclasses.replace(model.config.moe, **moe))
+        load = forward(model.parameters, ids[:, :-1], config, training=training).statistics.load
+        np.testing.assert_allclose(row["load"], load.max(axis=-1) * config.moe.experts, rtol=1e-6)
+    assert max(balanced[1]["load"]) < max(inference["load"])
+
+
+def test_router_balance_says_what_it_cannot_read():
+    with pytest.raises(ValueError, match="the model has no Sinkhorn router"):
+        router_balance.measure(tiny_model(tiny_config(("mamba",))), TEXT, router_balance.Options(""))
+    with pytest.raises(ValueError, match="the text has 3 tokens, fewer than two for each of 32 rows"):
+        router_balance.measure(tiny_model(tiny_config(("mamba", "moe"))), "abc", router_balance.Options(""))
