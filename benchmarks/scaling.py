@@ -70,7 +70,7 @@ def measure(text: str, options: argparse.Namespace) -> dict[str, Any]:
         shardings = state_shardings(jax.eval_shape(initialize), optimizer, mesh)
         state = jax.jit(initialize, out_shardings=shardings)()
         step = jax.jit(make_train_step(config, optimizer), donate_argnums=0, out_shardings=(shardings, None))
-        tokens = jax.random.randint(jax.random.key(1), (rows, length), 0, config.model.vocab_size)
+        tokens = jax.random.randint(jax.random.key(1), (rows, length + 1), 0, config.model.vocab_size)
         batch = jax.device_put({"tokens": tokens, "segment_ids": jnp.ones_like(tokens)}, batch_sharding(mesh))
         state, metrics = step(state, batch)
         state, metrics = step(state, batch)

@@ -53,8 +53,10 @@ VARIANTS: dict[str, ModelConfig] = {
     "blackmamba_32_experts": _blackmamba(experts=32),
     "blackmamba_switch": _blackmamba(router="switch", load_balance_loss=0.01),
     "blackmamba_unbalanced": _blackmamba(router="switch"),
+    "blackmamba_1_expert": _blackmamba(experts=1),
 }
-"""BlackMamba with other numbers of experts, with the switch router and its loss, and with that router and no loss."""
+"""BlackMamba with other numbers of experts, one for a dense MLP among them, with the switch router and its loss, and with that
+router and no loss."""
 
 
 def active_without_embeddings(model: ModelConfig) -> int:

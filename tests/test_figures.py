@@ -92,6 +92,7 @@ ENDS = {
     "mamba": (2.0, 0, 0), "transformer": (2.25, 0, 0), "transformer_moe": (1.875, 2, 8), "moe_mamba": (1.625, 2, 8),
     "blackmamba_4_experts": (1.75, 2, 4), "blackmamba_16_experts": (1.375, 2, 16), "blackmamba_32_experts": (1.125, 2, 32),
     "blackmamba_switch": (1.5, 2, 8), "blackmamba_unbalanced": (1.625, 2, 8),
+    "blackmamba_1_expert": (1.875, 0, 0),
 }  # fmt: skip
 TWICE = [learning_run("blackmamba", seed, end, 2, 8) for seed, end in ((0, 1.25), (1, 1.75))]
 LEARNING = {"runs": [*TWICE, *(learning_run(system, 0, *end) for system, end in ENDS.items())]}
@@ -252,7 +253,7 @@ def without(value: dict, *keys: str) -> dict:
         ("context_length", "metrics", CONTEXT | {"settings": {"shrink": "x"}}, "settings/shrink should be a number, is str"),
         ("loss_against_flops", "metrics", {"runs": []}, "runs is empty"),
         ("loss_against_flops", "metrics", {"runs": [without(LEARNING["runs"][2], "device")]}, "runs[0]/device is missing"),
-        ("expert_counts", "metrics", {"runs": LEARNING["runs"][:3]}, "runs: there is none of blackmamba_4_experts"),
+        ("expert_counts", "metrics", {"runs": LEARNING["runs"][:3]}, "runs: there is none of blackmamba_1_expert"),
         ("expert_balance", "metrics", {"runs": [LEARNING["runs"][0] | {"expert_load": []}]}, "blackmamba has no expert_load"),
         ("expert_specialisation", "metrics", TOKENS | {"layers": [[{"share": 2, "top": []}]]}, "should lie in 0 to 1, is 2"),
         ("expert_specialisation", "metrics", TOKENS | {"layers": [1]}, "layers[0] should be a list of objects, is int"),

@@ -17,7 +17,13 @@ from matplotlib.figure import Figure
 from experiments.figures import command, learning_runs, style
 from experiments.figures.metrics import STORED
 
-EXPERTS = {4: "blackmamba_4_experts", 8: "blackmamba", 16: "blackmamba_16_experts", 32: "blackmamba_32_experts"}
+EXPERTS = {
+    1: "blackmamba_1_expert",
+    4: "blackmamba_4_experts",
+    8: "blackmamba",
+    16: "blackmamba_16_experts",
+    32: "blackmamba_32_experts",
+}
 ROUTERS = {
     "Sinkhorn": "blackmamba",
     "switch with loss": "blackmamba_switch",
