@@ -90,17 +90,19 @@ def _shard(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _gather(w: Array, axis: int, dtype: jnp.dtype) -> Array:
-    """The whole of a weight that `fsdp` splits along `axis`, sent in `dtype`; its gradient is summed in the weight's own."""
+    """The whole of a weight that `fsdp` splits along `axis`, sent in `dtype`; its gradient is summed in float32 or wider."""
     return lax.all_gather(w.astype(dtype), "fsdp", axis=axis, tiled=True)
 
 
 def _scatter(axis: int, dtype: jnp.dtype, like: Array, d: Array) -> tuple[Array]:
     """A device's part of the sum of all gradients; on few devices each sends its own as they are, in `dtype`."""
-    devices = lax.axis_size("fsdp")
+    devices, wide = lax.axis_size("fsdp"), jnp.promote_types(like.dtype, jnp.float32)
     if devices > FEW:
-        return (lax.psum_scatter(d.astype(like.dtype), "fsdp", scatter_dimension=axis, tiled=True),)
-    parts = d.reshape(*d.shape[:axis], devices, -1, *d.shape[axis + 1 :])
-    return (jnp.sum(lax.all_to_all(parts, "fsdp", axis, 0), axis=0, dtype=like.dtype),)
+        total = lax.psum_scatter(d.astype(wide), "fsdp", scatter_dimension=axis, tiled=True)
+    else:
+        parts = d.reshape(*d.shape[:axis], devices, -1, *d.shape[axis + 1 :])
+        total = jnp.sum(lax.all_to_all(parts, "fsdp", axis, 0), axis=0, dtype=wide)
+    return (total.astype(like.dtype),)
 
 
 _gather.defvjp(lambda w, axis, dtype: (_gather(w, axis, dtype), jnp.zeros((), w.dtype)), _scatter)

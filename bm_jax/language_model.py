@@ -27,7 +27,7 @@ from bm_jax.cache import Cache
 from bm_jax.completion import Completion, Writer
 from bm_jax.config import ConfigError, ModelConfig
 from bm_jax.data.tokenizer import Tokenizer, load_tokenizer
-from bm_jax.model import Parameters, forward, init_parameters, unroll, unrolled
+from bm_jax.model import COMPUTE_KERNELS, Parameters, cast_kernels, forward, init_parameters, unroll, unrolled
 from bm_jax.model import logits as unembed
 from bm_jax.model_directory import PARAMETERS, check_shapes, read_config, read_parameters, shapes_of, write_description
 from bm_jax.parameter_folder import save_parameters
@@ -41,11 +41,6 @@ PIECE = 2048
 SHORTEST_BUCKET = 16
 LONGEST = 65536
 """Most tokens, by default, of a model with attention, and of `LanguageModel.logits`."""
-COMPUTE_KERNELS = frozenset(
-    {"in_proj", "conv_weight", "conv_bias", "x_proj", "dt_proj", "out_proj"}
-    | {"query", "key", "value", "out", "w_in", "w_out", "unembedding"}
-)
-"""Parameters used in the compute dtype alone; casting them once changes no result."""
 
 Prompt = str | Sequence[int]
 
@@ -458,13 +453,13 @@ def compute_parameters(parameters: Parameters, config: ModelConfig, weights: Lit
 
     With weights "int8" the kernels of products are `bm_jax.quantize.Quantized`; they must be those of single layers (`unroll`).
     """
+    if weights is None:
+        return cast_kernels(jax.tree.map(jnp.asarray, parameters), config)
     dtype = jnp.dtype(config.compute_dtype)
 
     def place(path: tuple[Any, ...], leaf: Any) -> Any:
-        leaf = jnp.asarray(leaf)
-        if weights == "int8" and isinstance(kernel := quantize_parameter(path, leaf), Quantized):
-            return kernel
-        return leaf.astype(dtype) if path[-1].key in COMPUTE_KERNELS else leaf
+        kernel = quantize_parameter(path, jnp.asarray(leaf))
+        return kernel.astype(dtype) if path[-1].key in COMPUTE_KERNELS and not isinstance(kernel, Quantized) else kernel
 
     return jax.tree_util.tree_map_with_path(place, parameters)
 

@@ -15,7 +15,7 @@ from jax import Array
 
 from bm_jax.config import ModelConfig
 from bm_jax.layers import project
-from bm_jax.model import Parameters, forward, unembedding
+from bm_jax.model import Parameters, cast_kernels, forward, unembedding
 from bm_jax.routing import Statistics
 from bm_jax.sharding import batch_parts, constrain, sequence_parts
 
@@ -68,9 +68,8 @@ def next_token_loss(
     looks at the whole batch, the tokens to be predicted included. Log probabilities are taken in float32 or wider.
     """
     tokens, segment_ids = batch["tokens"], batch["segment_ids"]
-    output = forward(
-        parameters, tokens[:, :-1], config, segment_ids=segment_ids[:, :-1], training=training, remat=remat, key=key
-    )
+    options: Any = {"segment_ids": segment_ids[:, :-1], "training": training, "remat": remat, "key": key}
+    output = forward(cast_kernels(parameters, config), tokens[:, :-1], config, **options)
     with jax.named_scope("loss"):
         kernel = unembedding(parameters, config)
         result: Any = cross_entropy(output.hidden, kernel, tokens[:, 1:], predicted(segment_ids), z_loss)

@@ -35,6 +35,12 @@ PARAMETERS = {
     "moe": moe_parameters,
 }
 
+COMPUTE_KERNELS = frozenset(
+    {"in_proj", "conv_weight", "conv_bias", "x_proj", "dt_proj", "out_proj"}
+    | {"query", "key", "value", "out", "w_in", "w_out", "unembedding"}
+)
+"""Parameters used in the compute dtype alone; casting them once changes no result."""
+
 Parameters = dict[str, Any]
 
 
@@ -203,6 +209,18 @@ def _context(tokens: Array, segment_ids: Array | None, cache: Cache | None, leng
 def init_parameters(config: ModelConfig, key: Array) -> Parameters:
     """Fresh float32 parameters as a nested dict; `jax.eval_shape` of this allocates nothing."""
     return dict(Model(config).init({"params": key}, jnp.zeros((1, 1), jnp.int32))["params"])
+
+
+def cast_kernels(parameters: Parameters, config: ModelConfig) -> Parameters:
+    """`COMPUTE_KERNELS` in the compute dtype, all else as it is.
+
+    Before a training step's loop over depth it saves casting each layer's kernels twice: kernels read theirs where they lie in
+    the stack, and write their gradients there.
+    """
+    dtype = jnp.dtype(config.compute_dtype)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf.astype(dtype) if path[-1].key in COMPUTE_KERNELS else leaf, parameters
+    )
 
 
 def forward(

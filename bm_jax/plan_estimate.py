@@ -20,9 +20,8 @@ from bm_jax.config import GATED_ACTIVATIONS, Config, ConfigError, MeshConfig, Mo
 from bm_jax.decoding import CHUNK
 from bm_jax.expert_parallel import FEW, SLACK
 from bm_jax.hlo import Movement, Traffic
-from bm_jax.language_model import COMPUTE_KERNELS
 from bm_jax.metrics import model_flops_per_token
-from bm_jax.model import init_parameters
+from bm_jax.model import COMPUTE_KERNELS, init_parameters
 from bm_jax.plan_report import Program
 from bm_jax.sharding import AXES, BATCH_AXES, axes_of, parameter_shardings, path_name
 from bm_jax.topologies import Topology

@@ -14,7 +14,7 @@ import pytest
 import configs
 from bm_jax.cache import init_cache
 from bm_jax.config import AttentionConfig, MambaConfig, MlpConfig, ModelConfig, MoeConfig
-from bm_jax.model import count_parameters, forward, init_parameters, logits
+from bm_jax.model import cast_kernels, count_parameters, forward, init_parameters, logits
 
 V = 29
 SMALL = ModelConfig(
@@ -472,3 +472,23 @@ for sizes in ({"data": 2, "fsdp": 2, "expert": 2}, {"tensor": 4, "sequence": 2})
 def test_one_device_equals_eight(run_with_devices):
     """Loss, routing statistics and every gradient, with the batch, parameters, experts, widths and time split."""
     assert run_with_devices(ON_A_MESH).count("agrees") == 2
+
+
+@pytest.mark.parametrize("system", ["blackmamba", "jamba"])
+def test_kernels_cast_before_the_loop_change_nothing(system):
+    """The values not at all; gradients come in the parameters' own types, rounded like those that the layers cast."""
+    config = dataclasses.replace(SYSTEMS[system], compute_dtype="bfloat16")
+    parameters = parameters_of(SYSTEMS[system])
+    tokens = jnp.asarray(np.random.default_rng(1).integers(0, V, (2, 9)))
+
+    def total(parameters, prepare):
+        hidden = forward(prepare(parameters), tokens, config, training=True, remat="dots").hidden.astype(jnp.float32)
+        return jnp.sum(hidden * jnp.sin(jnp.arange(hidden.size).reshape(hidden.shape)))
+
+    step = jax.jit(jax.value_and_grad(total), static_argnums=1)
+    value, gradients = step(parameters, lambda parameters: cast_kernels(parameters, config))
+    wanted_value, wanted = step(parameters, lambda parameters: parameters)
+    assert value == wanted_value
+    for (path, got), want in zip(jax.tree_util.tree_leaves_with_path(gradients), jax.tree.leaves(wanted), strict=True):
+        assert got.dtype == want.dtype == jnp.float32
+        assert np.linalg.norm(got - want) <= 2**-8 * np.linalg.norm(want), jax.tree_util.keystr(path)

@@ -17,9 +17,9 @@ import configs
 from bm_jax import decoding, experts, generate
 from bm_jax.cache import init_cache
 from bm_jax.config import ConfigError, ModelConfig, MoeConfig
-from bm_jax.language_model import COMPUTE_KERNELS, LanguageModel, inference_parameters
+from bm_jax.language_model import LanguageModel, inference_parameters
 from bm_jax.layers import project
-from bm_jax.model import init_parameters, unrolled
+from bm_jax.model import COMPUTE_KERNELS, init_parameters, unrolled
 from bm_jax.quantize import (
     CONTRACTED,
     FEW_ROWS,
