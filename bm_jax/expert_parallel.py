@@ -27,7 +27,7 @@ from bm_jax.sharding import AXES, axes_of, layout, map_shards, parameter_spec
 SLACK = 1.25
 """Room for the rows that a device receives, over their mean."""
 FEW = 8
-"""Devices of a ring that is as fast at an all_to_all as at a reduce_scatter of twice the bytes."""
+"""Up to so many devices a ring sends no more for an all_to_all than for a reduce_scatter of twice the bytes, by count."""
 
 
 def apply_experts(

@@ -212,7 +212,7 @@ def init_parameters(config: ModelConfig, key: Array) -> Parameters:
 
 
 def cast_kernels(parameters: Parameters, config: ModelConfig) -> Parameters:
-    """`COMPUTE_KERNELS` in the compute dtype, all else as it is.
+    """`COMPUTE_KERNELS` in the compute dtype, all else as it is. Their gradients, summed over devices too, are rounded to it.
 
     Before a training step's loop over depth it saves casting each layer's kernels twice: kernels read theirs where they lie in
     the stack, and write their gradients there.
