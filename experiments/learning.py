@@ -4,11 +4,11 @@
     python -m experiments.learning data/small --output runs/tiny --tiny --steps 20       # bytes, a CPU, models of no use
 
 `data/corpus` is a folder made by `python -m bm_jax.data prepare` with GPT-NeoX's tokenizer. First each system tries three
-learning rates for a quarter of the steps and keeps its best. Then all are trained on the same number of tokens: BlackMamba and
-Mamba with two seeds, and BlackMamba also with other numbers of experts and other routers, at BlackMamba's rate. A best rate at
-the edge of the three is said. Each run is a process on one device; what is done is kept in `--output`, so the same command goes
-on where it stopped. At the end everything measured is written to `--metrics`, which figures are drawn from, and the table is
-printed.
+learning rates in short runs, and half or twice the best while that is the lowest or highest of them, and keeps its best. Then
+all are trained on the same number of tokens: BlackMamba and Mamba with two seeds, and BlackMamba also with other numbers of
+experts and other routers, at BlackMamba's rate. Each run is a process on one device, of those in `CUDA_VISIBLE_DEVICES` where
+that is set; what is done is kept in `--output`, so the same command goes on where it stopped. At the end everything measured is
+written to `--metrics`, which figures are drawn from, and the table is printed.
 """
 
 from __future__ import annotations
@@ -44,10 +44,14 @@ class Options:
     """Where runs and results are kept."""
     metrics: Path | None = None
     """JSON file of all results; that of this repository if None, or of tiny models one in `output`."""
-    steps: int = 1600
-    """Of a whole run: at 32 windows of 1,024 tokens, 52 M tokens."""
+    steps: int = 2400
+    """Of a whole run: at 32 windows of 1,024 tokens, 79 M tokens."""
+    trial_steps: int | None = None
+    """Of a run that tries a learning rate; None for a sixth of `steps`."""
     rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
-    """Learning rates that each system chooses from."""
+    """Learning rates that each system tries first."""
+    widen: int = 3
+    """How often a system whose best rate is the lowest or highest of those it tried also tries half or twice that."""
     seeds: tuple[int, ...] = (0, 1)
     """The second one and later are for BlackMamba and Mamba alone."""
     systems: tuple[str, ...] = (*SYSTEMS, *VARIANTS)
@@ -78,12 +82,7 @@ def main(options: Options) -> None:
     read_manifest(options.data)
     folder = Path(options.output)
     folder.mkdir(parents=True, exist_ok=True)
-    tried = run_all([plan for name in options.systems if name in SYSTEMS for plan in trials(options, name)], options)
-    chosen = {name: min((one for one in tried if one["plan"]["system"] == name), key=final)["plan"]["learning_rate"]
-              for name in options.systems if name in SYSTEMS}  # fmt: skip
-    for name, rate in chosen.items():
-        edge = rate in (min(options.rates), max(options.rates))
-        print(f"{name}: learning rate {rate:g}" + (", at the edge of those tried" if edge else ""), flush=True)
+    tried, chosen = choose_rates(options, [name for name in options.systems if name in SYSTEMS])
     runs = run_all([plan for name in options.systems for plan in whole_runs(options, name, chosen)], options)
     write_durably(options.metrics, json.dumps({"rates": [brief(one) for one in tried], "runs": runs}) + "\n")
     print(f"\n{table(runs)}\n")
@@ -91,10 +90,32 @@ def main(options: Options) -> None:
         print(line)
 
 
-def trials(options: Options, name: str) -> list[Plan]:
-    """A quarter of the steps with each learning rate."""
-    plans = (plan_of(options, name, options.seeds[0], rate, max(1, options.steps // 4)) for rate in options.rates)
-    return [dataclasses.replace(plan, snapshots=1) for plan in plans]
+def choose_rates(options: Options, names: Sequence[str]) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """The results of short runs, and each system's best learning rate: between two that are worse, where `widen` allows it."""
+    steps = options.trial_steps or max(1, options.steps // 6)
+    rates = {name: sorted(options.rates) for name in names}
+    tried: list[dict[str, Any]] = []
+    chosen: dict[str, float] = {}
+    edges: dict[str, float] = {}
+    for left in range(options.widen if names else -1, -1, -1):
+        plans = [plan_of(options, name, options.seeds[0], rate, steps) for name in names for rate in rates[name]]
+        tried = run_all([dataclasses.replace(plan, snapshots=1) for plan in plans], options)
+        best = {name: min((one for one in tried if one["plan"]["system"] == name), key=final) for name in names}
+        chosen = {name: one["plan"]["learning_rate"] for name, one in best.items()}
+        edges = {name: rate for name in names if (rate := beyond_edge(rates[name], chosen[name]))}
+        if not left or not edges:
+            break
+        rates |= {name: sorted([*rates[name], rate]) for name, rate in edges.items()}
+    for name, rate in chosen.items():
+        print(f"{name}: learning rate {rate:g}" + (", at the edge of those tried" if name in edges else ""), flush=True)
+    return tried, chosen
+
+
+def beyond_edge(rates: Sequence[float], best: float) -> float | None:
+    """The rate to try next where the best is the lowest or the highest of several; else None."""
+    if len(rates) == 1:
+        return None
+    return {min(rates): best / 2, max(rates): best * 2}.get(best)
 
 
 def whole_runs(options: Options, name: str, chosen: dict[str, float]) -> list[Plan]:
@@ -119,16 +140,17 @@ def run_all(plans: Sequence[Plan], options: Options) -> list[dict[str, Any]]:
 
     Two processes share a device: one trains while the other compiles and waits for its turn.
     """
-    devices: queue.Queue[int] = queue.Queue()
-    for number in 2 * list(range(options.devices)):
-        devices.put(number)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(str(number) for number in range(options.devices))
+    devices: queue.Queue[str] = queue.Queue()
+    for name in 2 * visible.split(",")[: options.devices]:
+        devices.put(name)
 
     def run(plan: Plan) -> dict[str, Any] | str:
         result = Path(f"{plan.directory}.json")
         if not result.exists():
             device = devices.get()
             try:
-                environment = os.environ | ({"CUDA_VISIBLE_DEVICES": str(device)} if options.devices > 1 else {})
+                environment = os.environ | ({"CUDA_VISIBLE_DEVICES": device} if options.devices > 1 else {})
                 turn = Path(options.output) / f"device{device}.lock"
                 arguments = [json.dumps(dataclasses.asdict(plan)), str(result), str(turn)]
                 command = [sys.executable, "-m", "experiments.one_run", *arguments]

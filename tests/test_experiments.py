@@ -56,8 +56,8 @@ def test_learning_goes_on_where_it_stopped(data, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     options = learning.Options(
-        str(data), output=str(tmp_path / "runs"), metrics=tmp_path / "learning.json", steps=8, rates=(1e-3, 1e-2), seeds=(0,),
-        systems=("blackmamba", "mamba"), sequence_length=32, batch_size=4, tiny=True, devices=2,
+        str(data), output=str(tmp_path / "runs"), metrics=tmp_path / "learning.json", steps=8, rates=(1e-3, 1e-2), widen=0,
+        seeds=(0,), systems=("blackmamba", "mamba"), sequence_length=32, batch_size=4, tiny=True, devices=2,
     )  # fmt: skip
     learning.main(options)
     first = capsys.readouterr().out
@@ -89,6 +89,30 @@ def test_a_run_that_fails_is_named_with_its_log(data, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match=r"mamba with rate 0.001 and seed 0 failed: see .*\.log"):
         learning.run_all([plan], options)
     assert "nowhere" in Path(f"{plan.directory}.log").read_text()
+
+
+def test_the_best_rate_is_between_two_that_are_worse(data, monkeypatch, capsys):
+    """Mamba learns best at 0.5e-3, BlackMamba at 2e-3: half of Mamba's lowest rate is tried, and half of that."""
+    best = {"mamba": 0.5e-3, "blackmamba": 2e-3}
+
+    def trained(plans, options):
+        away = [abs(np.log(plan.learning_rate / best[plan.system])) for plan in plans]
+        return [
+            {"plan": dataclasses.asdict(plan), "validation": [{"bits_per_byte": 1 + x}]}
+            for plan, x in zip(plans, away, strict=True)
+        ]
+
+    monkeypatch.setattr(learning, "run_all", trained)
+    tried, chosen = learning.choose_rates(learning.Options(str(data)), list(best))
+    assert chosen == best
+    rates = {name: [one["plan"]["learning_rate"] for one in tried if one["plan"]["system"] == name] for name in best}
+    assert rates == {"mamba": [0.25e-3, 0.5e-3, 1e-3, 2e-3, 4e-3], "blackmamba": [1e-3, 2e-3, 4e-3]}
+    assert {one["plan"]["steps"] for one in tried} == {400}
+    assert "edge" not in capsys.readouterr().out
+    _, chosen = learning.choose_rates(learning.Options(str(data), widen=0), list(best))
+    assert chosen == {"mamba": 1e-3, "blackmamba": 2e-3}
+    assert "mamba: learning rate 0.001, at the edge of those tried" in capsys.readouterr().out
+    assert learning.choose_rates(learning.Options(str(data), rates=(3e-3,)), ["mamba"])[1] == {"mamba": 3e-3}
 
 
 def test_systems_that_there_are_not(data):
