@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -10,6 +12,7 @@ from bm_jax.config import ModelConfig
 from bm_jax.initialization import Parameter, linear
 from bm_jax.layers import Context, keep, project
 from bm_jax.shapes import Hidden
+from pallas_kernels.dispatch import target
 
 
 def attention_parameters(config: ModelConfig) -> dict[str, Parameter]:
@@ -75,5 +78,21 @@ def attention(
     if config.attention.window is not None:
         oldest = jnp.maximum(oldest, own - config.attention.window + 1)
     visible = (slot >= oldest) & (slot <= own)
-    mixed = jax.nn.dot_product_attention(query, key.astype(dtype), value.astype(dtype), mask=visible[:, None])
+    key, value = key.astype(dtype), value.astype(dtype)
+    mixed = jax.nn.dot_product_attention(query, key, value, mask=visible[:, None], implementation=_fused(query, key))
     return project(keep(mixed), parameters["out"], dtype, axes=2), cache
+
+
+def _fused(query: Array, key: Array) -> Literal["cudnn"] | None:
+    """cuDNN's flash attention, which keeps no scores, on this machine's NVIDIA GPU and where it serves; else XLA's."""
+    size, lengths = query.shape[-1], (query.shape[1], key.shape[1])
+    serves = (
+        jax.default_backend() == "gpu"  # not for a described one: cuDNN is asked while it is traced
+        and target().capability >= 8
+        and query.dtype in (jnp.bfloat16, jnp.float16)
+        and size % 8 == 0
+        and size <= 128
+        and not any(length % 2 for length in lengths)
+        and jax.sharding.get_abstract_mesh().shape.get("sequence", 1) == 1
+    )
+    return "cudnn" if serves else None
