@@ -1,9 +1,9 @@
-"""The experts on a mesh: the only shard_map of the experts.
+"""The experts on a mesh.
 
-Each device holds `X / expert` experts, split further over `fsdp` (gathered here) and `tensor` (whose shares of the output are
-summed). Tokens lie split over the batch axes and `sequence`. A device sends its rows to the devices of their experts along
-the `expert` axis (`bm_jax.expert_exchange`), each with room for `SLACK` times the mean or, where one gets more, for all;
-runs its own experts on what it receives; and gets its rows back the same way.
+Each device holds `X / expert` experts, split further over `fsdp` (gathered, `gather_experts`) and `tensor` (whose shares of the
+output are summed). Tokens lie split over the batch axes and `sequence`. A device sends its rows to the devices of their
+experts along the `expert` axis (`bm_jax.expert_exchange`), each with room for `SLACK` times the mean or, where one gets more,
+for all; runs its own experts on what it receives; and gets its rows back the same way.
 """
 
 from __future__ import annotations
@@ -30,6 +30,67 @@ FEW = 8
 """Up to so many devices a ring sends no more for an all_to_all than for a reduce_scatter of twice the bytes, by count."""
 
 
+Weights = dict[str, Array | Quantized]
+
+
+def gather_experts(tokens: Array, weights: Weights) -> tuple[Array, Array, Weights]:
+    """`w_in` and `w_out` as `apply_experts` takes them: on a mesh, in front of all axes one of the devices' own copies.
+
+    Returns:
+        The tokens for the experts; the same for the router, who waits for the weights, so that they travel while the layer
+        before works, not between routing and the experts; and the weights. In the backward pass the gradient of the tokens
+        waits for those of the weights, so that these travel while the experts work.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return tokens, tokens, weights
+    if any(isinstance(w, Quantized) for w in weights.values()):
+        raise NotImplementedError("gather_experts: quantised experts run on one device")
+    arrays = cast(dict[str, Array], weights)
+    specs = {name: _spec(name, w.shape) for name, w in arrays.items()}
+    split = {name: next(i for i, axes in enumerate(spec) if "fsdp" in axes_of(P(axes))) for name, spec in specs.items()}
+
+    def gather(**shards: Array) -> dict[str, Array]:
+        return {name: cast(Array, _gather(w, split[name], tokens.dtype))[None] for name, w in shards.items()}
+
+    tokens, arrays = _back_after(tokens, arrays)
+    gathered = map_shards(gather, arrays, specs, {name: _whole(spec) for name, spec in specs.items()})
+    early, gathered = _after(tokens, gathered)
+    return tokens, early, gathered
+
+
+@jax.custom_vjp
+def _after(x: Array, others: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
+    """Both, `x` to be used once the others are there; the last of these, which the backward pass uses first, waits for none."""
+    kept = {}
+    for name in reversed(others):
+        x, kept[name] = lax.optimization_barrier((x, others[name]))
+    return x, kept
+
+
+_after.defvjp(lambda *arguments: (_after(*arguments), None), lambda _, d: d)
+
+
+@jax.custom_vjp
+def _back_after(x: Array, others: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
+    """Both, the gradient of `x` to be used once those of the others are there."""
+    return x, others
+
+
+_back_after.defvjp(lambda *arguments: (arguments, None), lambda _, d: lax.optimization_barrier(d))
+
+
+def _spec(name: str, shape: tuple[int, ...]) -> P:
+    """How the weight of a layer is split on the current mesh."""
+    return P(*parameter_spec(f"periods/layer/moe/{name}", (1, *shape), jax.sharding.get_abstract_mesh().shape)[1:])
+
+
+def _whole(spec: P) -> P:
+    """That of a gathered weight: without `fsdp`, and a first axis of the copies that devices have."""
+    entries = [tuple(axis for axis in axes_of(P(entry)) if axis != "fsdp") or None for entry in spec]
+    return P(tuple(axis for axis in AXES if axis not in axes_of(P(*entries))), *entries)
+
+
 def apply_experts(
     w_in: Array | Quantized,
     w_out: Array | Quantized,
@@ -40,8 +101,8 @@ def apply_experts(
     *,
     exchange: Literal["padded", "ragged"] = "padded",
 ) -> Array:
-    """`bm_jax.experts.apply_experts` for tokens `[B, L, M]`, expert and gate `[B, L, K]`, weights of any float dtype or,
-    on one device, quantised.
+    """`bm_jax.experts.apply_experts` for tokens `[B, L, M]`, expert and gate `[B, L, K]`, weights as `gather_experts` returns
+    them, on one device also quantised.
 
     `exchange` is how rows travel between the devices of the `expert` axis, see `bm_jax.expert_exchange`.
     """
@@ -50,35 +111,20 @@ def apply_experts(
         w_in, w_out = (w if isinstance(w, Quantized) else w.astype(tokens.dtype) for w in (w_in, w_out))
         rows, expert, gate = (array.reshape(-1, array.shape[-1]) for array in (tokens, expert, gate))
         return apply_on_one_device(w_in, w_out, rows, expert, gate, activation).reshape(tokens.shape)
-    if isinstance(w_in, Quantized) or isinstance(w_out, Quantized):
-        raise NotImplementedError("apply_experts: quantised experts run on one device")
     split = layout(tokens.shape, "batch", "sequence", None)
-    weights = {"w_in": w_in, "w_out": w_out}
-    specs = {
-        name: P(*parameter_spec(f"periods/layer/moe/{name}", (1, *w.shape), mesh.shape)[1:]) for name, w in weights.items()
-    }
-    gathered = {name: next(i for i, axes in enumerate(spec) if "fsdp" in axes_of(P(axes))) for name, spec in specs.items()}
+    arguments = {"w_in": cast(Array, w_in), "w_out": cast(Array, w_out), "tokens": tokens, "expert": expert, "gate": gate}
+    specs = {name: _whole(_spec(name, arguments[name].shape[1:])) for name in ("w_in", "w_out")}
     specs |= dict.fromkeys(("tokens", "expert", "gate"), split)
-    arguments = weights | {"tokens": tokens, "expert": expert, "gate": gate}
-    shard = functools.partial(_shard, gathered=gathered, activation=activation, exchange=exchange)
-    return map_shards(shard, arguments, specs, split)
+    return map_shards(functools.partial(_shard, activation=activation, exchange=exchange), arguments, specs, split)
 
 
 def _shard(
-    w_in: Array,
-    w_out: Array,
-    tokens: Array,
-    expert: Array,
-    gate: Array,
-    *,
-    gathered: dict[str, int],
-    activation: Activation,
-    exchange: str,
+    w_in: Array, w_out: Array, tokens: Array, expert: Array, gate: Array, *, activation: Activation, exchange: str
 ) -> Array:
-    """One device's tokens through all experts, from its share of the weights, which `fsdp` splits along `gathered`."""
+    """One device's tokens through all experts, from its copy of the weights."""
     shape = tokens.shape
     tokens, expert, gate = (array.reshape(-1, array.shape[-1]) for array in (tokens, expert, gate))
-    w_in, w_out = (cast(Array, _gather(w, gathered[name], tokens.dtype)) for name, w in (("w_in", w_in), ("w_out", w_out)))
+    w_in, w_out = w_in[0], w_out[0]
     T, K = expert.shape
     rows, assigned = jnp.repeat(tokens, K, axis=0), expert.reshape(-1)
     if lax.axis_size("expert") == 1:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from bm_jax.config import ModelConfig, MoeConfig
-from bm_jax.expert_parallel import apply_experts
+from bm_jax.expert_parallel import Weights, apply_experts, gather_experts
 from bm_jax.experts import places
 from bm_jax.initialization import Parameter, linear, zeros
 from bm_jax.layers import Context, hidden_shape, keep
@@ -54,20 +54,20 @@ def moe(
         `[B, L, M]` in the compute dtype, and the routing statistics of this call.
     """
     dtype = jnp.dtype(config.compute_dtype)
-    tokens = x.reshape(-1, x.shape[-1])
+    with jax.named_scope("experts"):
+        x, inputs, weights = gather_experts(x.astype(dtype), {name: parameters[name] for name in ("w_in", "w_out")})
     mask = None if context.mask is None else context.mask.reshape(-1)
     with jax.named_scope("router"):
-        inputs = tokens.astype(dtype)
+        inputs = inputs.reshape(-1, x.shape[-1])
         if key is not None:
             inputs = jitter(inputs.astype(jnp.promote_types(dtype, jnp.float32)), key, config.moe.input_jitter)
         logits = keep(router_logits(inputs, parameters["router"]))
         if config.moe.router_bias:
             logits = logits + parameters["router_bias"]
         routing = route(logits, config.moe, training=training, mask=mask, parts=batch_parts(len(x)))
-        routing = routing._replace(index=keep(routing.index))
     with jax.named_scope("experts"):
-        capacity = expert_capacity(len(tokens), config.moe) if training else None
-        y, dropped = run_experts(parameters, x.astype(dtype), routing, config.moe, mask=mask, capacity=capacity)
+        capacity = expert_capacity(len(inputs), config.moe) if training else None
+        y, dropped = run_experts(weights, x, routing, config.moe, mask=mask, capacity=capacity)
     return y, routing.statistics._replace(dropped=dropped)
 
 
@@ -127,7 +127,7 @@ def expert_capacity(tokens: int, config: MoeConfig) -> int | None:
 
 
 def run_experts(
-    parameters: dict[str, Array],
+    weights: Weights,
     tokens: Array,
     routing: Routing,
     config: MoeConfig,
@@ -137,8 +137,8 @@ def run_experts(
 ) -> tuple[Array, Array]:
     """Apply to each token `[B, L, M]` the experts of `routing`, weighed by the gates.
 
-    With a capacity, an expert keeps its first assignments in token order and drops the rest; a token whose assignments are
-    all dropped gets zero.
+    The weights are as `gather_experts` returns them. With a capacity, an expert keeps its first assignments in token order and
+    drops the rest; a token whose assignments are all dropped gets zero.
 
     Returns:
         `[B, L, M]` in the dtype of `tokens`, and the fraction of assignments dropped (of tokens not masked).
@@ -149,8 +149,7 @@ def run_experts(
     if capacity is not None:
         expert, dropped = _drop(expert, X, capacity)
     expert, gate = expert.reshape(shape), routing.gate.reshape(shape)
-    w_in, w_out = parameters["w_in"], parameters["w_out"]
-    y = apply_experts(w_in, w_out, tokens, expert, gate, config.activation, exchange=config.exchange)
+    y = apply_experts(weights["w_in"], weights["w_out"], tokens, expert, gate, config.activation, exchange=config.exchange)
     return y, dropped
 
 

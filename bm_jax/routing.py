@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from bm_jax.config import MoeConfig
+from bm_jax.layers import keep
 from bm_jax.shapes import Array, Bool, Float, Int
 from pallas_kernels.sinkhorn import sinkhorn_potentials
 
@@ -94,17 +95,18 @@ def _sinkhorn_router(logits: Scores, config: MoeConfig, training: bool, mask: Ma
             scores = jax.vmap(balance)(split, None if mask is None else mask.reshape(parts, -1)).reshape(logits.shape)
     # Differs from Zyphra/BlackMamba: argmax of the logits, not of their sigmoid. It is the same expert, except where
     # sigmoids round to the same number (float32: all logits above 17; bfloat16: above 6) and the first would win.
-    index = jnp.argmax(scores, axis=-1)[:, None]
+    index = keep(jnp.argmax(scores, axis=-1)[:, None])
     return index, jax.nn.sigmoid(_take(logits, index))
 
 
 def _switch_router(logits: Scores, config: MoeConfig, training: bool, mask: Mask | None, parts: int) -> tuple[Index, Gate]:
-    index = jnp.argmax(logits, axis=-1)[:, None]
+    index = keep(jnp.argmax(logits, axis=-1)[:, None])
     return index, _take(jax.nn.softmax(logits), index)
 
 
 def _topk_router(logits: Scores, config: MoeConfig, training: bool, mask: Mask | None, parts: int) -> tuple[Index, Gate]:
     _, index = jax.lax.top_k(jax.lax.stop_gradient(logits), config.top_k)
+    index = keep(index)
     gate = _take(jax.nn.softmax(logits), index)
     return index, gate / gate.sum(axis=-1, keepdims=True) if config.normalize_gates else gate
 

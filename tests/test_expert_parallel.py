@@ -13,6 +13,7 @@ from eight_devices import assert_close, in_eight_devices, random_parameters
 
 from bm_jax import expert_exchange
 from bm_jax.config import AttentionConfig, ConfigError, MambaConfig, MeshConfig, ModelConfig, MoeConfig
+from bm_jax.expert_parallel import gather_experts
 from bm_jax.loss import next_token_loss
 from bm_jax.moe import run_experts
 from bm_jax.routing import Routing, route
@@ -104,7 +105,8 @@ def check_loads(dtype, exchange, meshes=FOUR_MESHES):
             routing = route(jnp.asarray(logits), config, training=True, mask=mask)
 
             def loss(parameters, x, gate, routing=routing, mask=mask):
-                y, _ = run_experts(parameters, x, Routing(routing.index, gate, routing.statistics), config, mask=mask)
+                x, _, gathered = gather_experts(x, parameters)
+                y, _ = run_experts(gathered, x, Routing(routing.index, gate, routing.statistics), config, mask=mask)
                 return jnp.sum(y * weights), y
 
             step = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)
