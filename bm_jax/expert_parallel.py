@@ -27,8 +27,8 @@ from bm_jax.sharding import AXES, axes_of, layout, map_shards, parameter_spec
 SLACK = 1.25
 """Room for the rows that a device receives, over their mean."""
 FEW = 8
-"""Up to so many devices a ring sends no more for an all_to_all than for a reduce_scatter of twice the bytes, by count."""
-
+"""Up to so many devices a ring sends no more for an all_to_all than for a reduce_scatter of twice the bytes, by count. They are
+also those on which the order of exchanges and products is set here; on more it is left to the compiler."""
 
 Weights = dict[str, Array | Quantized]
 
@@ -37,9 +37,9 @@ def gather_experts(tokens: Array, weights: Weights) -> tuple[Array, Array, Weigh
     """`w_in` and `w_out` as `apply_experts` takes them: on a mesh, in front of all axes one of the devices' own copies.
 
     Returns:
-        The tokens for the experts; the same for the router, who waits for the weights, so that they travel while the layer
-        before works, not between routing and the experts; and the weights. In the backward pass the gradient of the tokens
-        waits for those of the weights, so that these travel while the experts work.
+        The tokens for the experts; the same for the router; and the weights. The router waits for weights that `fsdp` splits
+        over few devices, so that they travel while the layer before works, not between routing and the experts; and in the
+        backward pass the gradient of the tokens waits for those of the weights, so that these travel while the experts work.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
@@ -53,9 +53,11 @@ def gather_experts(tokens: Array, weights: Weights) -> tuple[Array, Array, Weigh
     def gather(**shards: Array) -> dict[str, Array]:
         return {name: cast(Array, _gather(w, split[name], tokens.dtype))[None] for name, w in shards.items()}
 
+    whole = {name: _whole(spec) for name, spec in specs.items()}
+    if not 1 < mesh.shape["fsdp"] <= FEW:
+        return tokens, tokens, map_shards(gather, arrays, specs, whole)
     tokens, arrays = _back_after(tokens, arrays)
-    gathered = map_shards(gather, arrays, specs, {name: _whole(spec) for name, spec in specs.items()})
-    early, gathered = _after(tokens, gathered)
+    early, gathered = _after(tokens, map_shards(gather, arrays, specs, whole))
     return tokens, early, gathered
 
 
