@@ -49,7 +49,7 @@ class Options:
     trial_steps: int | None = None
     """Of a run that tries a learning rate; None for a sixth of `steps`."""
     rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
-    """Learning rates that each system tries first."""
+    """Learning rates that each system tries first; one alone is not tried, but taken."""
     widen: int = 3
     """How often a system whose best rate is the lowest or highest of those it tried also tries half or twice that."""
     seeds: tuple[int, ...] = (0, 1)
@@ -92,6 +92,8 @@ def main(options: Options) -> None:
 
 def choose_rates(options: Options, names: Sequence[str]) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """The results of short runs, and each system's best learning rate: between two that are worse, where `widen` allows it."""
+    if len(options.rates) == 1:
+        return [], dict.fromkeys(names, options.rates[0])
     steps = options.trial_steps or max(1, options.steps // 6)
     rates = {name: sorted(options.rates) for name in names}
     tried: list[dict[str, Any]] = []
@@ -112,9 +114,7 @@ def choose_rates(options: Options, names: Sequence[str]) -> tuple[list[dict[str,
 
 
 def beyond_edge(rates: Sequence[float], best: float) -> float | None:
-    """The rate to try next where the best is the lowest or the highest of several; else None."""
-    if len(rates) == 1:
-        return None
+    """The rate to try next where the best is the lowest or the highest; else None."""
     return {min(rates): best / 2, max(rates): best * 2}.get(best)
 
 
