@@ -45,9 +45,7 @@ class Options:
     metrics: Path | None = None
     """JSON file of all results; that of this repository if None, or of tiny models one in `output`."""
     steps: int = 2400
-    """Of a whole run: at 32 windows of 1,024 tokens, 79 M tokens."""
-    trial_steps: int | None = None
-    """Of a run that tries a learning rate; None for a sixth of `steps`."""
+    """Of a whole run: at 32 windows of 1,024 tokens, 79 M tokens. A sixth of them is taken with each learning rate tried."""
     rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
     """Learning rates that each system tries first; one alone is not tried, but taken."""
     widen: int = 3
@@ -94,7 +92,7 @@ def choose_rates(options: Options, names: Sequence[str]) -> tuple[list[dict[str,
     """The results of short runs, and each system's best learning rate: between two that are worse, where `widen` allows it."""
     if len(options.rates) == 1:
         return [], dict.fromkeys(names, options.rates[0])
-    steps = options.trial_steps or max(1, options.steps // 6)
+    steps = max(1, options.steps // 6)
     rates = {name: sorted(options.rates) for name in names}
     tried: list[dict[str, Any]] = []
     chosen: dict[str, float] = {}
@@ -140,9 +138,12 @@ def run_all(plans: Sequence[Plan], options: Options) -> list[dict[str, Any]]:
 
     Two processes share a device: one trains while the other compiles and waits for its turn.
     """
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(str(number) for number in range(options.devices))
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    visible = named.split(",") if named else [str(number) for number in range(options.devices)]
+    if len(visible) < options.devices:
+        raise SystemExit(f"--devices {options.devices}: CUDA_VISIBLE_DEVICES={named} names {len(visible)}; ask for no more")
     devices: queue.Queue[str] = queue.Queue()
-    for name in 2 * visible.split(",")[: options.devices]:
+    for name in 2 * visible[: options.devices]:
         devices.put(name)
 
     def run(plan: Plan) -> dict[str, Any] | str:

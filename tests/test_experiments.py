@@ -115,6 +115,12 @@ def test_the_best_rate_is_between_two_that_are_worse(data, monkeypatch, capsys):
     assert learning.choose_rates(learning.Options(str(data), rates=(3e-3,)), ["mamba"]) == ([], {"mamba": 3e-3})
 
 
+def test_more_devices_than_there_may_be(data, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    with pytest.raises(SystemExit, match="--devices 3: CUDA_VISIBLE_DEVICES=2,5 names 2"):
+        learning.run_all([], learning.Options(str(data), devices=3))
+
+
 def test_systems_that_there_are_not(data):
     with pytest.raises(SystemExit, match="there is no rwkv; there are blackmamba, mamba"):
         learning.main(learning.Options(str(data), systems=("rwkv",)))

@@ -288,6 +288,18 @@ def test_recomputing_changes_nothing(remat):
         close(a, np.asarray(b))
 
 
+def test_what_is_kept_is_not_routed_again():
+    """With "dots" the backward pass takes the forward pass's choice; with "full" it balances the experts once more."""
+    config, tokens = small("mamba", "moe", moe=MoeConfig(experts=4, width=6)), tokens_of(0, 2, 6)
+    parameters = parameters_of(config)
+
+    def loops(remat):
+        text = loss_and_gradient.lower(parameters, tokens, config, remat).compile().as_text()
+        return sum(" while(" in line and "/route/" in line for line in text.splitlines())
+
+    assert (loops("dots"), loops("full")) == (1, 2)
+
+
 def test_unrolling_changes_nothing():
     config, tokens = SYSTEMS["blackmamba"], tokens_of(0, B, L)
     parameters = parameters_of(config)
