@@ -34,8 +34,8 @@ def _smaller(preset: str, *, repeats: int, **moe: Any) -> ModelConfig:
 
 def _blackmamba(**moe: Any) -> ModelConfig:
     # Sharper than the preset's 0.5, with which choices on text are not as even (`experiments.router_balance`).
-    sinkhorn = {"sinkhorn_temperature": 0.25, "sinkhorn_iterations": 16}
-    return _smaller("blackmamba_340m_1p5b", repeats=7, width=EXPERT, **sinkhorn, **moe)
+    defaults = {"width": EXPERT, "sinkhorn_temperature": 0.25, "sinkhorn_iterations": 16}
+    return _smaller("blackmamba_340m_1p5b", repeats=7, **defaults | moe)
 
 
 SYSTEMS: dict[str, ModelConfig] = {
@@ -54,9 +54,11 @@ VARIANTS: dict[str, ModelConfig] = {
     "blackmamba_switch": _blackmamba(router="switch", load_balance_loss=0.01),
     "blackmamba_unbalanced": _blackmamba(router="switch"),
     "blackmamba_1_expert": _blackmamba(experts=1),
+    "blackmamba_temperature_half": _blackmamba(sinkhorn_temperature=0.5, sinkhorn_iterations=8),
+    "blackmamba_gelu": _blackmamba(activation="gelu", width=EXPERT * 3 // 2),
 }
-"""BlackMamba with other numbers of experts, one for a dense MLP among them, with the switch router and its loss, and with that
-router and no loss."""
+"""BlackMamba with other numbers of experts, one for a dense MLP among them, with the switch router and its loss, with that
+router and no loss, with the preset's temperature, and with MoE-Mamba's experts."""
 
 
 def active_without_embeddings(model: ModelConfig) -> int:
