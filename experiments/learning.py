@@ -44,8 +44,8 @@ class Options:
     """Where runs and results are kept."""
     metrics: Path | None = None
     """JSON file of all results; that of this repository if None, or of tiny models one in `output`."""
-    steps: int = 2400
-    """Of a whole run: at 32 windows of 1,024 tokens, 79 M tokens. A sixth of them is taken with each learning rate tried."""
+    steps: int = 2000
+    """Of a whole run: at 32 windows of 1,024 tokens, 66 M tokens. A sixth of them is taken with each learning rate tried."""
     rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
     """Learning rates that each system tries first; one alone is not tried, but taken."""
     widen: int = 3
