@@ -65,7 +65,7 @@ class Options:
     attention_piece: int = 256
     """The same of models with attention, whose scores need memory for this times the length."""
     repeats: int = 3
-    budget: float | None = 120
+    budget: float | None = 300
     """Seconds of reading for each model; None for no limit."""
     shrink: int = 1
     """Divide the models' sizes by this."""

@@ -222,11 +222,11 @@ def findings(runs: Sequence[dict[str, Any]]) -> list[str]:
             else f"BlackMamba reaches dense Mamba's final loss after {share:,.0f} of {steps:,} steps, 1/{steps / share:.2f}."
         )
     for one in runs:
-        if one["expert_load"] and one["plan"]["seed"] == runs[0]["plan"]["seed"]:
+        if one["expert_load"]:
             end = one["expert_load"][-1]
             busiest = {how: max(max(layer) * len(layer) for layer in end[how]) for how in ("training", "inference")}
             found.append(
-                f"{one['plan']['system']}: busiest expert of any layer at the end, of an equal share: "
+                f"{one['plan']['system']}, seed {one['plan']['seed']}: busiest expert of any layer at the end, of an equal share: "
                 f"{busiest['training']:.2f} in training, {busiest['inference']:.2f} in inference routing."
             )
     return found

@@ -123,7 +123,8 @@ STORED_TEXTS = {
         "16k",
         "NVIDIA H100",
     ],
-    "context_length": ["BlackMamba", "Jamba", "Transformer", "tokens read", "on a CPU", "shrunk"],
+    "context_length": ["BlackMamba 2.36 MiB", "Transformer 94.2 s", "tokens read", "NVIDIA H100", "1048576 tokens do not fit"],
+    "loss_against_flops": ["BlackMamba 1.175", "Mamba 1.126", "MoE-Mamba 1.141", "65.5 M tokens", "NVIDIA H100"],
     "sinkhorn_convergence": ["centred, 512 tokens", "plain, 16,384 tokens", "iterations", "0.8%", "4.3%", "goal: at most 2%"],
     "scan_floors": ["pallas_gpu", "triton_gpu", "mamba_ssm", "0.346", "0.738", "28.7", "1 x 65,536 x 2,304", "floor"],
 }

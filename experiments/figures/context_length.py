@@ -42,7 +42,7 @@ def note(curves: Sequence[tuple[str, Metrics]], settings: Metrics) -> str:
     active = [curve.number("active") / 1e6 for _, curve in curves]
     lines = [
         f"One sequence of random ids, random weights, read in pieces of {settings.number('piece'):g} tokens "
-        f"({settings.number('attention_piece'):g} with attention); active parameters: {min(active):,.2g} to {max(active):,.3g} "
+        f"({settings.number('attention_piece'):g} with attention); active parameters: {min(active):,.3g} to {max(active):,.3g} "
         "M; left: by the compiler's count of what reading a piece needs."
     ]
     peaks = [
