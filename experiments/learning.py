@@ -226,8 +226,8 @@ def findings(runs: Sequence[dict[str, Any]]) -> list[str]:
             end = one["expert_load"][-1]
             busiest = {how: max(max(layer) * len(layer) for layer in end[how]) for how in ("training", "inference")}
             found.append(
-                f"{one['plan']['system']}, seed {one['plan']['seed']}: busiest expert of any layer at the end, of an equal share: "
-                f"{busiest['training']:.2f} in training, {busiest['inference']:.2f} in inference routing."
+                f"{one['plan']['system']}, seed {one['plan']['seed']}: busiest expert of any layer at the end, "
+                f"of an equal share: {busiest['training']:.2f} in training, {busiest['inference']:.2f} in inference routing."
             )
     return found
 

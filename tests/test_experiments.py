@@ -107,7 +107,7 @@ def test_the_best_rate_is_between_two_that_are_worse(data, monkeypatch, capsys):
     assert chosen == best
     rates = {name: [one["plan"]["learning_rate"] for one in tried if one["plan"]["system"] == name] for name in best}
     assert rates == {"mamba": [0.25e-3, 0.5e-3, 1e-3, 2e-3, 4e-3], "blackmamba": [1e-3, 2e-3, 4e-3]}
-    assert {one["plan"]["steps"] for one in tried} == {400}
+    assert {one["plan"]["steps"] for one in tried} == {learning.Options.steps // 6}
     assert "edge" not in capsys.readouterr().out
     _, chosen = learning.choose_rates(learning.Options(str(data), widen=0), list(best))
     assert chosen == {"mamba": 1e-3, "blackmamba": 2e-3}
