@@ -7,7 +7,8 @@
 learning rates in short runs, and half or twice the best while that is the lowest or highest of them, and keeps its best. Then
 all are trained on the same number of tokens: BlackMamba and Mamba with two seeds, and BlackMamba also with other numbers of
 experts and other routers, at BlackMamba's rate. Each run is a process on one device, of those in `CUDA_VISIBLE_DEVICES` where
-that is set; what is done is kept in `--output`, so the same command goes on where it stopped. At the end everything measured is
+that is set; what is done is kept in `--output`, so the same command goes on where it stopped; with other data or settings it
+wants another `--output`. A learning rate with which a system diverges counts as the worst. At the end everything measured is
 written to `--metrics`, which figures are drawn from, and the table is printed.
 """
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 import os
 import queue
 import shutil
@@ -28,12 +30,10 @@ from typing import Any
 
 import tyro
 
+from bm_jax.config import ConfigError
 from bm_jax.data.shards import read_manifest, write_durably
-from experiments.figures.metrics import STORED
-from experiments.one_run import Plan
+from experiments.one_run import Plan, config_of, fingerprint
 from experiments.systems import SYSTEMS, VARIANTS
-
-METRICS = STORED / "learning.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Options:
     output: str = "runs/learning"
     """Where runs and results are kept."""
     metrics: Path | None = None
-    """JSON file of all results; that of this repository if None, or of tiny models one in `output`."""
+    """JSON file of all results; `learning.json` in `output` if None."""
     steps: int = 2000
     """Of a whole run: at 32 windows of 1,024 tokens, 66 M tokens. A sixth of them is taken with each learning rate tried."""
     rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
@@ -66,26 +66,61 @@ class Options:
     def as_meant(self) -> Options:
         """With what `tiny` makes smaller, and a place for the metrics."""
         small = {"sequence_length": min(self.sequence_length, 64), "batch_size": min(self.batch_size, 4)} if self.tiny else {}
-        metrics = Path(self.output) / "learning.json" if self.tiny else METRICS
-        return dataclasses.replace(self, metrics=self.metrics or metrics, **small)
+        return dataclasses.replace(self, metrics=self.metrics or Path(self.output) / "learning.json", **small)
 
 
 def main(options: Options) -> None:
-    """Train what is not trained yet, write the metrics, print the table."""
+    """Train what is not trained yet, write the metrics, print the table.
+
+    Raises:
+        SystemExit: options, data or kept results that cannot be used, or a run that failed or diverged: what to do about it.
+    """
     options = options.as_meant()
     assert options.metrics is not None
-    unknown = sorted(set(options.systems) - set(SYSTEMS) - set(VARIANTS))
-    if unknown:
-        raise SystemExit(f"--systems: there is no {', '.join(unknown)}; there are {', '.join(SYSTEMS | VARIANTS)}")
-    read_manifest(options.data)
-    folder = Path(options.output)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        check(options)
+        for folder in (Path(options.output), options.metrics.parent):
+            folder.mkdir(parents=True, exist_ok=True)
+        if options.metrics.is_dir():
+            raise SystemExit(f"--metrics {options.metrics}: a folder; name a file")
+    except ConfigError as error:
+        raise SystemExit(str(error)) from None
+    except OSError as error:
+        raise SystemExit(f"{error.filename}: {error.strerror}; give another folder") from None
     tried, chosen = choose_rates(options, [name for name in options.systems if name in SYSTEMS])
     runs = run_all([plan for name in options.systems for plan in whole_runs(options, name, chosen)], options)
+    diverged = [one["plan"]["directory"] for one in runs if "diverged" in one]
+    if diverged:
+        remedy = "give lower --rates, or leave the system out of --systems"
+        raise SystemExit("\n".join(f"{name} diverged (see {options.output}/{name}.log): {remedy}" for name in diverged))
     write_durably(options.metrics, json.dumps({"rates": [brief(one) for one in tried], "runs": runs}) + "\n")
     print(f"\n{table(runs)}\n")
     for line in findings(runs):
         print(line)
+
+
+def check(options: Options) -> None:
+    """Refuse at once what could not be trained.
+
+    Raises:
+        SystemExit: an option is wrong.
+        ConfigError: the data or a size is.
+    """
+    for name, values in (("systems", options.systems), ("rates", options.rates), ("seeds", options.seeds)):
+        if not values or len(set(values)) < len(values):
+            raise SystemExit(f"--{name}: {'a value stands there twice' if values else 'give at least one'}")
+    for name, value, least in (("steps", options.steps, 2), ("devices", options.devices, 1)):
+        if value < least:
+            raise SystemExit(f"--{name} {value}: should be at least {least}")
+    unknown = sorted(set(options.systems) - set(SYSTEMS) - set(VARIANTS))
+    if unknown:
+        raise SystemExit(f"--systems: there is no {', '.join(unknown)}; there are {', '.join(SYSTEMS | VARIANTS)}")
+    ids = read_manifest(options.data).tokenizer_ids
+    for name, rate in itertools.product(options.systems, options.rates):
+        most = config_of(whole_runs(options, name, dict.fromkeys(options.systems, rate))[0]).model.vocab_size
+        if ids > most:
+            remedy = "tiny models read bytes, prepared without --tokenizer" if options.tiny else "take a smaller tokenizer"
+            raise SystemExit(f"{options.data} has {ids:,} token ids, {name} only {most:,}: {remedy}")
 
 
 def choose_rates(options: Options, names: Sequence[str]) -> tuple[list[dict[str, Any]], dict[str, float]]:
@@ -97,6 +132,7 @@ def choose_rates(options: Options, names: Sequence[str]) -> tuple[list[dict[str,
     tried: list[dict[str, Any]] = []
     chosen: dict[str, float] = {}
     edges: dict[str, float] = {}
+    best: dict[str, dict[str, Any]] = {}
     for left in range(options.widen if names else -1, -1, -1):
         plans = [plan_of(options, name, options.seeds[0], rate, steps) for name in names for rate in rates[name]]
         tried = run_all([dataclasses.replace(plan, snapshots=1) for plan in plans], options)
@@ -107,6 +143,8 @@ def choose_rates(options: Options, names: Sequence[str]) -> tuple[list[dict[str,
             break
         rates |= {name: sorted([*rates[name], rate]) for name, rate in edges.items()}
     for name, rate in chosen.items():
+        if math.isinf(final(best[name])):
+            raise SystemExit(f"{name} diverged with each learning rate it tried, the lowest {rate:g}: give lower --rates")
         print(f"{name}: learning rate {rate:g}" + (", at the edge of those tried" if name in edges else ""), flush=True)
     return tried, chosen
 
@@ -130,7 +168,29 @@ def plan_of(options: Options, name: str, seed: int, rate: float, steps: int) -> 
     return Plan(
         name, seed, rate, steps, str(Path(options.data).resolve()), str(Path(options.output).resolve() / directory),
         sequence_length=options.sequence_length, batch_size=options.batch_size, tiny=options.tiny,
+        fingerprint=fingerprint(options.data),
     )  # fmt: skip
+
+
+def read_result(plan: Plan) -> dict[str, Any] | None:
+    """What is kept of a run; None if it is not at its end.
+
+    Raises:
+        SystemExit: the file is damaged, or of a run with other data or settings.
+    """
+    path = Path(f"{plan.directory}.json")
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        stored = dict(result["plan"])
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError):
+        raise SystemExit(f"{path} is damaged: delete it, and the run is trained again") from None
+    wanted = plan.kept()
+    other = [f"{name} {stored.get(name)}, not {value}" for name, value in wanted.items() if stored.get(name) != value]
+    if other:
+        raise SystemExit(f"{path} is of other data or settings: {'; '.join(other)}. Give another --output")
+    return result
 
 
 def run_all(plans: Sequence[Plan], options: Options) -> list[dict[str, Any]]:
@@ -147,13 +207,13 @@ def run_all(plans: Sequence[Plan], options: Options) -> list[dict[str, Any]]:
         devices.put(name)
 
     def run(plan: Plan) -> dict[str, Any] | str:
-        result = Path(f"{plan.directory}.json")
-        if not result.exists():
+        result = read_result(plan)
+        if result is None:
             device = devices.get()
             try:
                 environment = os.environ | ({"CUDA_VISIBLE_DEVICES": device} if options.devices > 1 else {})
                 turn = Path(options.output) / f"device{device}.lock"
-                arguments = [json.dumps(dataclasses.asdict(plan)), str(result), str(turn)]
+                arguments = [json.dumps(dataclasses.asdict(plan)), f"{plan.directory}.json", str(turn)]
                 command = [sys.executable, "-m", "experiments.one_run", *arguments]
                 with open(f"{plan.directory}.log", "w", encoding="utf-8") as log:
                     status = subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT).returncode
@@ -161,12 +221,17 @@ def run_all(plans: Sequence[Plan], options: Options) -> list[dict[str, Any]]:
                 devices.put(device)
             if status:
                 return f"{plan.system} with rate {plan.learning_rate:g} and seed {plan.seed} failed: see {plan.directory}.log"
-            print(f"{Path(plan.directory).name}: {final(json.loads(result.read_text())):.4f} bits per byte", flush=True)
+            result = read_result(plan)
+            assert result is not None, "a process that ends well has written its result"
+            said = "diverged" if "diverged" in result else f"{final(result):.4f} bits per byte"
+            print(f"{Path(plan.directory).name}: {said}", flush=True)
         kept = options.keep and plan.seed == options.seeds[0] and plan.steps == options.steps
         if not kept:
             shutil.rmtree(Path(plan.directory) / "checkpoints", ignore_errors=True)
-        return json.loads(result.read_text())
+        return result
 
+    for plan in plans:
+        read_result(plan)  # what is wrong is said before anything is trained
     print(f"{len(plans)} runs of {plans[0].steps} steps", flush=True)
     with ThreadPoolExecutor(devices.qsize()) as pool:
         results = list(pool.map(run, plans))
@@ -177,16 +242,16 @@ def run_all(plans: Sequence[Plan], options: Options) -> list[dict[str, Any]]:
 
 
 def final(result: dict[str, Any]) -> float:
-    """Bits per byte at the end."""
-    return result["validation"][-1]["bits_per_byte"]
+    """Bits per byte at the end; infinite if the run diverged."""
+    return math.inf if "diverged" in result else result["validation"][-1]["bits_per_byte"]
 
 
 def brief(result: dict[str, Any]) -> dict[str, Any]:
-    """What is kept of a trial."""
+    """What is kept of a trial; null for what JSON has no number for."""
     return {
         "system": result["plan"]["system"],
         "learning_rate": result["plan"]["learning_rate"],
-        "bits_per_byte": final(result),
+        "bits_per_byte": None if "diverged" in result else final(result),
     }
 
 
@@ -199,12 +264,13 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
     for name in dict.fromkeys(one["plan"]["system"] for one in runs):
         of = [one for one in runs if one["plan"]["system"] == name]
         first, ends = of[0], [final(one) for one in of]
-        last = first["validation"][-1]
+        speed = sum(one["tokens_per_second"] for one in of) / len(of)
+        minutes = sum(one["validation"][-1]["seconds"] for one in of) / len(of) / 60
         each = "" if len(of) == 1 else f" ({', '.join(f'{end:.4f}' for end in ends)})"
         lines.append(
             f"| {name} | {len(of)} | {first['plan']['learning_rate']:g} | {first['parameters'] / 1e6:.3g} M | "
             f"{first['active_without_embeddings'] / 1e6:.3g} M | {sum(ends) / len(ends):.4f}{each} | "
-            f"{first['tokens_per_second']:,.0f} | {last['flops'] / 1e15:.3g} | {last['seconds'] / 60:.3g} |"
+            f"{speed:,.0f} | {first['validation'][-1]['flops'] / 1e15:.3g} | {minutes:.3g} |"
         )
     return "\n".join(lines)
 

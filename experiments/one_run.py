@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -23,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from bm_jax.config import Config, DataConfig, MeshConfig, OptimizerConfig, RunConfig, from_dict
-from bm_jax.data.shards import open_prepared, write_durably
+from bm_jax.data.shards import open_prepared, read_manifest, write_durably
 from bm_jax.data.tokenizer import load_tokenizer
 
 
@@ -48,6 +49,22 @@ class Plan:
     """How often a run looks at held-out text and at the load of its experts."""
     tiny: bool = False
     """A model that a CPU can train in seconds."""
+    fingerprint: str = ""
+    """Of what the prepared folder holds."""
+
+    def kept(self) -> dict[str, Any]:
+        """The fields as they are kept with what was measured: names of folders without where they are."""
+        return dataclasses.asdict(self) | {"data": Path(self.data).name, "directory": Path(self.directory).name}
+
+
+def fingerprint(folder: str) -> str:
+    """Of the tokens and the tokenizer of a prepared folder, by the checksums in its manifest.
+
+    Raises:
+        DataError: there is no manifest, or it is damaged.
+    """
+    manifest = read_manifest(folder)
+    return hashlib.sha256(repr((manifest.tokenizer_fingerprint, manifest.splits)).encode()).hexdigest()[:16]
 
 
 def config_of(plan: Plan) -> Config:
@@ -82,22 +99,38 @@ def config_of(plan: Plan) -> Config:
 
 
 def train(plan: Plan, turn: Path) -> dict[str, Any]:
-    """Train, or go on, or find that all is trained; what was measured."""
+    """Train, or go on, or find that all is trained; what was measured, or why the run diverged."""
     import jax
 
     from bm_jax import fit
-    from bm_jax.metrics import model_flops_per_token, read_metrics
-    from bm_jax.model import count_parameters
-    from experiments.systems import active_without_embeddings
+    from bm_jax.metrics import read_metrics
+    from bm_jax.train import NonFiniteError
 
     config = config_of(plan)
     jax.config.update("jax_compilation_cache_dir", str(turn.with_name("compiled").resolve()))
     compile_steps(config)
-    with holding(turn):
-        result = fit(config)
+    try:
+        with holding(turn):
+            result = fit(config)
+    except NonFiniteError as error:
+        return {"plan": plan.kept(), "diverged": str(error)}
     if not result.finished:
         raise SystemExit(f"{plan.directory}: stopped after step {result.step}")
-    rows = read_metrics(plan.directory)
+    return measured(plan, read_metrics(plan.directory))
+
+
+def measured(plan: Plan, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """What is kept of a run that is at its end, by the rows of its metrics."""
+    import jax
+
+    from bm_jax.metrics import model_flops_per_token
+    from bm_jax.model import count_parameters
+    from experiments.systems import active_without_embeddings
+
+    config = config_of(plan)
+    for row in rows:
+        if not math.isfinite(row.get("validation_loss", 0.0)):
+            return {"plan": plan.kept(), "diverged": f"the held-out loss of step {row['step']} is {row['validation_loss']}"}
     tokens = plan.sequence_length * plan.batch_size
     flops = model_flops_per_token(config.model, plan.sequence_length)
     bytes_a_token = held_out_bytes_a_token(plan.data)
@@ -105,7 +138,7 @@ def train(plan: Plan, turn: Path) -> dict[str, Any]:
     step_seconds = tokens / float(np.median([row["tokens_per_second"] for row in rows]))
     count = count_parameters(config.model)
     return {
-        "plan": dataclasses.asdict(plan) | {"data": Path(plan.data).name, "directory": Path(plan.directory).name},
+        "plan": plan.kept(),
         "device": jax.devices()[0].device_kind,
         "parameters": count.total,
         "active": count.active,
@@ -128,7 +161,9 @@ def train(plan: Plan, turn: Path) -> dict[str, Any]:
         ],
         # Of the same batches: what was trained, with balanced routing and router losses, and the loss with inference routing.
         "training": [
-            {"step": row["step"], "objective": row["objective"], "nats_per_token": row["loss"]} for row in rows if "loss" in row
+            {"step": row["step"], "objective": _finite(row["objective"]), "nats_per_token": _finite(row["loss"])}
+            for row in rows
+            if "loss" in row
         ],
         "expert_load": [
             {
@@ -178,6 +213,11 @@ def held_out_bytes_a_token(folder: str) -> float:
     return len(tokenizer.decode(tokens[tokens != tokenizer.end_of_document]).encode()) / stream.tokens
 
 
+def _finite(value: float) -> float | None:
+    """JSON has no other numbers."""
+    return value if math.isfinite(value) else None
+
+
 def _rounded(values: Any) -> Any:
     return np.round(np.asarray(values, np.float64), 4).tolist()
 
@@ -186,7 +226,7 @@ def main() -> None:
     """The command."""
     plan, result, turn = from_dict(Plan, json.loads(sys.argv[1])), Path(sys.argv[2]), Path(sys.argv[3])
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    write_durably(result, json.dumps(train(plan, turn)) + "\n")
+    write_durably(result, json.dumps(train(plan, turn), allow_nan=False) + "\n")
 
 
 if __name__ == "__main__":

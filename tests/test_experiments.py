@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 from pathlib import Path
 
 import jax
@@ -89,6 +90,119 @@ def test_a_run_that_fails_is_named_with_its_log(data, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match=r"mamba with rate 0.001 and seed 0 failed: see .*\.log"):
         learning.run_all([plan], options)
     assert "nowhere" in Path(f"{plan.directory}.log").read_text()
+
+
+def tiny_options(data, output, **changes):
+    """Runs of four steps."""
+    sizes = {"steps": 4, "sequence_length": 32, "batch_size": 4, "tiny": True, "rates": (1e-3,), "seeds": (0,)}
+    return learning.Options(str(data), output=str(output), **{"systems": ("mamba",)} | sizes | changes)
+
+
+def keep_result(plan, *ends):
+    """Write what a run of that plan would have written."""
+    kept = run(plan.system, list(ends)) | {"plan": plan.kept()}
+    Path(f"{plan.directory}.json").write_text(json.dumps(kept))
+
+
+def test_kept_results_are_those_of_the_same_data_and_settings(data, tmp_path):
+    options = tiny_options(data, tmp_path)
+    plan = learning.plan_of(options, "mamba", 0, 1e-3, 4)
+    keep_result(plan, 3.0, 2.0)
+    moved = tmp_path / "elsewhere" / data.name
+    shutil.copytree(data, moved)
+    for again in (options, dataclasses.replace(options, data=str(moved))):
+        learning.main(again)
+    assert json.loads((tmp_path / "learning.json").read_text())["runs"][0]["plan"] == plan.kept()
+    for name, value in (("batch_size", 2), ("sequence_length", 16), ("tiny", False)):
+        other = f"mamba-0.001-seed0-4.json is of other data or settings: .*{name} .*Give another --output"
+        with pytest.raises(SystemExit, match=other):
+            learning.main(dataclasses.replace(options, **{name: value}))
+    manifest = moved / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"tokens_sha256": "', '"tokens_sha256": "0'))
+    with pytest.raises(SystemExit, match=r"settings: fingerprint \w+, not \w+\. Give"):
+        learning.main(dataclasses.replace(options, data=str(moved)))
+    result = Path(f"{plan.directory}.json")
+    for text in (result.read_text()[:100], "[]", "{}"):
+        result.write_text(text)
+        with pytest.raises(SystemExit, match=r"mamba-0.001-seed0-4.json is damaged: delete it"):
+            learning.main(options)
+
+
+def test_results_of_a_part_do_not_replace_those_that_are_kept(data, tmp_path):
+    assert learning.Options(str(data), output="x").as_meant().metrics == Path("x/learning.json")
+    options = tiny_options(data, tmp_path, metrics=tmp_path / "new" / "all.json")
+    keep_result(learning.plan_of(options, "mamba", 0, 1e-3, 4), 2.0)
+    learning.main(options)
+    assert json.loads(options.metrics.read_text())["runs"][0]["plan"]["system"] == "mamba"
+    assert not (tmp_path / "learning.json").exists()
+
+
+def test_a_rate_that_diverges_is_the_worst(data, tmp_path, capsys, monkeypatch):
+    """The run of the rate 1e30 is real."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    options = tiny_options(data, tmp_path, steps=60, rates=(1e-3, 1e30), widen=0)
+    keep_result(dataclasses.replace(learning.plan_of(options, "mamba", 0, 1e-3, 10), snapshots=1), 2.0)
+    keep_result(learning.plan_of(options, "mamba", 0, 1e-3, 60), 1.0)
+    learning.main(options)
+    said = capsys.readouterr().out
+    assert "mamba-1e+30-seed0-10: diverged" in said
+    assert "mamba: learning rate 0.001" in said
+    tried = json.loads(options.as_meant().metrics.read_text(), parse_constant=pytest.fail)["rates"]
+    assert [(one["learning_rate"], one["bits_per_byte"]) for one in tried] == [(1e-3, 2.0), (1e30, None)]
+    result = json.loads((tmp_path / "mamba-1e+30-seed0-10.json").read_text(), parse_constant=pytest.fail)
+    assert "not finite" in result["diverged"]
+
+
+def test_runs_that_diverge_are_errors(data, tmp_path):
+    options = tiny_options(data, tmp_path)
+    rows = [{"step": 2, "validation_loss": 3.0}, {"step": 4, "validation_loss": float("nan")}]
+    for steps, rates in ((4, (1e-3,)), (24, (2e-3, 4e-3))):
+        for rate in rates:
+            plan = learning.plan_of(options, "mamba", 0, rate, 4)
+            plan = dataclasses.replace(plan, snapshots=1) if len(rates) > 1 else plan
+            result = one_run.measured(plan, rows)
+            assert result["diverged"] == "the held-out loss of step 4 is nan"
+            Path(f"{plan.directory}.json").write_text(json.dumps(result, allow_nan=False))
+        wanted = (
+            "mamba-0.001-seed0-4 diverged" if len(rates) == 1 else "mamba diverged with each learning rate it tried, the lowest"
+        )
+        with pytest.raises(SystemExit, match=f"{wanted}.*give lower --rates"):
+            learning.main(dataclasses.replace(options, steps=steps, rates=rates, widen=0))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"systems": ()}, "--systems: give at least one"),
+        ({"rates": ()}, "--rates: give at least one"),
+        ({"seeds": ()}, "--seeds: give at least one"),
+        ({"seeds": (1, 1)}, "--seeds: a value stands there twice"),
+        ({"devices": 0}, "--devices 0: should be at least 1"),
+        ({"steps": 1}, "--steps 1: should be at least 2"),
+        ({"rates": (-1.0,)}, "learning_rate must be"),
+        ({"data": "nowhere"}, "nowhere is not prepared data"),
+        ({"systems": ("blackmamba_switch", "mamba")}, "takes the learning rate of blackmamba, which is not among them"),
+        ({"output": "FILE"}, "FILE: File exists; give another folder"),
+        ({"metrics": Path()}, "--metrics .: a folder; name a file"),
+    ],
+)
+def test_what_cannot_be_trained_is_said_at_once(changes, message, data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("FILE").touch()
+    with pytest.raises(SystemExit) as error:
+        learning.main(tiny_options(**{"data": data, "output": "runs"} | changes))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_tiny_models_have_no_room_for_many_token_ids(data, tmp_path):
+    large = tmp_path / "large"
+    shutil.copytree(data, large)
+    manifest = json.loads((large / "manifest.json").read_text())
+    (large / "manifest.json").write_text(json.dumps(manifest | {"tokenizer_ids": 50_277}))
+    with pytest.raises(SystemExit, match="has 50,277 token ids, mamba only 264: tiny models read bytes"):
+        learning.main(tiny_options(large, tmp_path))
 
 
 def test_the_best_rate_is_between_two_that_are_worse(data, monkeypatch, capsys):
