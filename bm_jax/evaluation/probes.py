@@ -7,7 +7,7 @@ mean something for models too small to answer questions.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -15,6 +15,8 @@ from bm_jax.data.bundled import shakespeare_texts
 from bm_jax.evaluation.scoring import Row, Scorer
 
 CITIES = ("Lisbon", "Vienna", "Warsaw", "Dublin", "Geneva", "Naples", "Prague", "Bergen")
+FACT = "\nThe key is kept in {}.\n"
+QUESTION = "\nThe key is kept in"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,8 +57,16 @@ def needle_in_a_haystack(
     """A sentence hidden in a held-out play says where somebody keeps a key; which city is likeliest at the end of the text?
 
     Raises:
-        ValueError: a length that is too short for the sentence and the question.
+        ValueError: at once, a length that is too short for the sentence and the question, or too long for `max_length`.
     """
+    encode = scorer.model.tokenizer.encode
+    shortest = max(len(encode(FACT.format(city))) for city in CITIES) + len(encode(QUESTION))
+    answer = max(len(encode(f" {city}")) for city in CITIES)
+    _check_lengths(scorer, "needle", lengths, shortest, lambda most: most - answer)
+    return _needles(scorer, lengths, depths, trials, seed)
+
+
+def _needles(scorer: Scorer, lengths: Sequence[int], depths: Sequence[float], trials: int, seed: int) -> Iterator[Needle]:
     tokenizer, rng = scorer.model.tokenizer, np.random.default_rng(seed)
     hay = tokenizer.encode("\n\n".join(shakespeare_texts()["validation"].values()))
     for length in lengths:
@@ -64,11 +74,8 @@ def needle_in_a_haystack(
             rows: list[Row] = []
             for trial in range(trials):
                 answer = CITIES[trial % len(CITIES)]
-                fact = tokenizer.encode(f"\nThe key is kept in {answer}.\n")
-                question = tokenizer.encode("\nThe key is kept in")
+                fact, question = tokenizer.encode(FACT.format(answer)), tokenizer.encode(QUESTION)
                 space = length - len(fact) - len(question)
-                if space < 0:
-                    raise ValueError(f"needle: {length} tokens are too few; sentence and question have {length - space}")
                 start = int(rng.integers(0, max(1, len(hay) - space)))  # a longer text repeats it
                 straw, place = (hay * (1 + space // len(hay)))[start:][:space], round(depth * space)
                 context = [tokenizer.end_of_document, *straw[:place], *fact, *straw[place:], *question]
@@ -89,13 +96,16 @@ def copying(
     """Random tokens twice over: a model with induction heads, or a state that is large enough, knows the second half.
 
     Raises:
-        ValueError: a length below 1.
+        ValueError: at once, a length below 1, or too long for `max_length`.
     """
+    _check_lengths(scorer, "copying", lengths, 1, lambda most: most // 2)
+    return _copies(scorer, lengths, trials, seed)
+
+
+def _copies(scorer: Scorer, lengths: Sequence[int], trials: int, seed: int) -> Iterator[Copying]:
     tokenizer, rng = scorer.model.tokenizer, np.random.default_rng(seed)
     ids = np.setdiff1d(np.arange(tokenizer.vocab_size), [tokenizer.end_of_document])
     for length in lengths:
-        if length < 1:
-            raise ValueError(f"copying: a length must be at least 1, got {length}")
         rows = []
         for _ in range(trials):
             once = rng.choice(ids, length).tolist()
@@ -106,3 +116,17 @@ def copying(
             second.append(-scores.logprobs[length:].mean())
             greedy.append(scores.greedy[length:].mean())
         yield Copying(length, float(np.mean(first)), float(np.mean(second)), float(np.mean(greedy)))
+
+
+def _check_lengths(scorer: Scorer, probe: str, lengths: Sequence[int], shortest: int, room: Callable[[int], int]) -> None:
+    """Raise ValueError unless all are from `shortest` to `room(max_length)`."""
+    most = scorer.max_length
+    longest = None if most is None else room(most)
+    for length in lengths:
+        if length < shortest:
+            raise ValueError(f"{probe}: {length} tokens are too few: give --lengths of at least {shortest}")
+        if longest is not None and length > longest:
+            shorter = f"--lengths of {shortest} to {longest} or " if longest >= shortest else ""
+            raise ValueError(
+                f"{probe}: {length} tokens are too many for --max-length {most}: give {shorter}a larger --max-length"
+            )
