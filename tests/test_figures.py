@@ -10,6 +10,7 @@ from pathlib import Path
 import matplotlib.image
 import numpy as np
 import pytest
+from matplotlib.text import Annotation, Text
 
 from experiments import sinkhorn_convergence
 from experiments.figures import (
@@ -45,6 +46,7 @@ POINTS = {
 }
 CONTEXT = {
     "curves": {
+        "mamba": {"active": 9, "points": POINTS | {"state": {"64": 2048, "128": 2048, "256": 2048}}, "stopped": None},
         "blackmamba_340m_1p5b": {"active": 9, "points": POINTS | {"peak": {"64": 3 << 20}}, "stopped": None},
         "jamba": {"active": 8, "points": POINTS | {"state": {"64": 4096, "128": 8192}}, "stopped": "256 tokens do not fit"},
     },
@@ -123,7 +125,13 @@ STORED_TEXTS = {
         "16k",
         "NVIDIA H100",
     ],
-    "context_length": ["BlackMamba 2.36 MiB", "Transformer 94.2 s", "tokens read", "NVIDIA H100", "1048576 tokens do not fit"],
+    "context_length": [
+        "BlackMamba 2.36 MiB",
+        "Transformer 94.2 s at 256k",
+        "tokens read",
+        "NVIDIA H100",
+        "1048576 tokens do not fit",
+    ],
     "loss_against_flops": ["BlackMamba 1.175", "Mamba 1.126", "MoE-Mamba 1.141", "65.5 M tokens", "NVIDIA H100"],
     "sinkhorn_convergence": ["centred, 512 tokens", "plain, 16,384 tokens", "iterations", "0.8%", "4.3%", "goal: at most 2%"],
     "scan_floors": ["pallas_gpu", "triton_gpu", "mamba_ssm", "0.346", "0.738", "28.7", "1 x 65,536 x 2,304", "floor"],
@@ -137,17 +145,17 @@ TINY_TEXTS = {
         "blackmamba: mean of 2 seeds, others one",
     ],
     "expert_counts": ["BlackMamba 1.125", "Mamba, dense 2.000", "Sinkhorn 1.500", "switch without loss 1.625"],
-    "expert_balance": ["1.10", "1.50", "2.00", "Sinkhorn, in training", "Switch with loss"],
+    "expert_balance": ["layer 0: 1.10", "layer 1: 1.50", "layer 0: 2.00", "Sinkhorn, in training", "worst of 2 seeds"],
     "expert_specialisation": ["75%", "\u2423the", "\u21b5", "$x^2$\u2423and\u2423so", "a model; 1,000 tokens of some text"],
     "generation_time": ["BlackMamba 1 s", "Mamba 50.00 ms", "a small machine, batch 2", "divided by 32"],
     "context_length": [
-        "BlackMamba 2 KiB",
-        "Jamba 8 KiB",
+        "BlackMamba 2 KiB at 128",
+        "Jamba 8 KiB at 128",
         "Jamba: 256 tokens do not fit.",
         "shrunk 32 times",
         "compiling included: BlackMamba 3 MiB.",
     ],
-    "sinkhorn_convergence": ["centred, 64 tokens", "plain, 64 tokens", "some card", "1.0%"],
+    "sinkhorn_convergence": ["centred, 64 tokens", "plain, 64 tokens", "below 0.01% are not drawn", "1.0%"],
     "scan_floors": ["0.400", "0.700", "0.800", "1.00", "3.25", "2 x 64 x 32", "Some card"],
 }
 
@@ -230,7 +238,46 @@ def test_labels_are_moved_apart_and_no_further_than_needed():
         style.spread([0.2, 0.5, 0.51, 0.53], 0.1), [0.2, 0.51333 - 0.1, 0.51333, 0.51333 + 0.1], atol=1e-4
     )
     np.testing.assert_allclose(style.spread([0.5, 0.52, 0.65], 0.1), [0.45667, 0.55667, 0.65667], atol=1e-4)
+    np.testing.assert_allclose(style.spread([0.0, 0.01, 0.5, 1.0], 0.1), [0.05, 0.15, 0.5, 0.95])
+    np.testing.assert_allclose(style.spread([0.1, 0.2], 1.0), [0.0, 1.0])
+    assert style.spread([], 0.1) == []
     assert [style.short(n) for n in (256, 1000, 1024, 131072, 1 << 20)] == ["256", "1,000", "1k", "128k", "1M"]
+
+
+@pytest.mark.parametrize("name", [name for name in FIGURES if name not in ("expert_specialisation", "scan_floors")])
+def test_labels_stay_beside_their_panel_and_lines_lead_to_those_that_moved(name, tmp_path):
+    write(tmp_path, FIGURES[name][1])
+    figure = FIGURES[name][0].draw(*(tmp_path / f"{option}.txt" for option in FIGURES[name][1]))
+    figure.draw_without_rendering()
+    labels = [(axes, text) for axes in figure.axes for text in axes.texts if isinstance(text, Annotation)]
+    assert labels
+    for axes, label in labels:
+        panel, box = axes.get_window_extent(), Text.get_window_extent(label)
+        assert panel.y0 <= box.y0 < box.y1 <= panel.y1, label.get_text()
+        moved = abs(label.xyann[1] - label.xy[1]) * panel.height
+        assert label.arrow_patch is not None or moved < box.height / 4, label.get_text()
+
+
+def test_the_worst_seed_of_each_layer_is_drawn(tmp_path):
+    loads = [[[3, 1], [1, 1], [1, 1]], [[1, 1], [4, 1], [1, 1]]]
+    runs = [
+        run | {"expert_load": [{"step": 10, "training": [[x / 8 for x in layer] for layer in load], "inference": load}]}
+        for run, load in zip(TWICE, loads, strict=True)
+    ]
+    write(tmp_path, {"metrics": {"runs": [*runs, *LEARNING["runs"][2:]]}})
+    lines = expert_balance.draw(tmp_path / "metrics.txt").axes[0].get_lines()
+    assert all(float(line.get_color()) <= 0.5 for line in lines)
+    labels = [line.get_label() for line in lines]
+    assert labels[:3] == ["layer 0: 0.75", "layer 1: 1.00", "layer 2: 0.25"]
+    write(tmp_path, {"metrics": {"runs": [runs[0], TWICE[1], *LEARNING["runs"][2:]]}})
+    with pytest.raises(metrics.MetricsError, match="blackmamba have expert_load of other steps or layers"):
+        expert_balance.draw(tmp_path / "metrics.txt")
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "FILE").touch()
+    with pytest.raises(SystemExit, match=r"^expert_counts: .*FILE: File exists; give another --output$"):
+        build("expert_counts", tmp_path / "FILE", write(tmp_path, FIGURES["expert_counts"][1]))
 
 
 def without(value: dict, *keys: str) -> dict:
@@ -260,6 +307,8 @@ def without(value: dict, *keys: str) -> dict:
         ("expert_specialisation", "metrics", TOKENS | {"layers": [1]}, "layers[0] should be a list of objects, is int"),
         ("sinkhorn_convergence", "metrics", SINKHORN | {"iterations": [1]}, "curves/centred/64/deviation has 3 values, not 1"),
         ("sinkhorn_convergence", "cost", without(COST, "goal"), "goal is missing; there are device, share"),
+        ("sinkhorn_convergence", "cost", COST | {"goal": -1}, "goal should be of numbers above 0 and up to 1, is -1"),
+        ("sinkhorn_convergence", "cost", COST | {"share": {"forward": []}}, "share/forward should be of numbers above 0"),
         ("scan_floors", "metrics", "nothing", "no device line as benchmarks/selective_scan.py prints it"),
         ("scan_floors", "peer", {"milliseconds": {"9,9,9": {}}}, "pallas_gpu has no row of both passes at a shape of"),
     ],

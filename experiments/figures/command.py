@@ -31,7 +31,7 @@ def build(
         arguments: of the command line; those of the process if None.
 
     Raises:
-        SystemExit: a file is not as it should be; the message names it and the key.
+        SystemExit: a file is not as it should be, or none can be written; the message names it, and the key.
     """
     parser = argparse.ArgumentParser(
         prog=f"python -m experiments.figures.{name}",
@@ -48,5 +48,9 @@ def build(
         figure = draw(**{option: values[option] for option in inputs})
     except MetricsError as error:
         raise SystemExit(f"{name}: {error}") from None
-    for path in style.save(figure, values["output"], name):
+    try:
+        paths = style.save(figure, values["output"], name)
+    except OSError as error:
+        raise SystemExit(f"{name}: {error.filename}: {error.strerror}; give another --output") from None
+    for path in paths:
         print(path)

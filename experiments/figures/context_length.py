@@ -27,7 +27,7 @@ def draw(metrics: Path) -> Figure:
     shrink = settings.number("shrink")
     device = "a CPU" if file.text("device") == "cpu" else file.text("device")
     title = f"Reading a long context on {device}" + (f", models shrunk {shrink:g} times" if shrink != 1 else "")
-    figure, (left, middle, right) = style.figure(title, 3, note=note(curves, settings), width=4.6, height=4.2)
+    figure, (left, middle, right) = style.figure(title, 3, note=note(curves, settings), width=5.2, height=4.2)
     style.describe(left, "Memory while reading, weights included", "tokens read", "")
     style.describe(middle, "State that is kept of the text", "tokens read", "")
     style.describe(right, "Time to read", "tokens read", "")
@@ -58,16 +58,21 @@ def note(curves: Sequence[tuple[str, Metrics]], settings: Metrics) -> str:
 
 
 def draw_panel(axes: Axes, curves: Sequence[tuple[str, Metrics]], key: str, text: Callable[[float], str], base: int) -> None:
-    """A line a model, both axes logarithmic; ticks of the upright one are powers of `base`, or some of them."""
-    lengths, everything = set[int](), []
+    """A line a model, both axes logarithmic; ticks of the upright one are powers of `base`, or some of them.
+
+    Labels have the last value, and its length where others go on.
+    """
+    everything: list[float] = []
+    lengths = {length for _, curve in curves for length in curve.at("points").series(key)}
     for name, curve in curves:
         values, line = curve.at("points").series(key), style.line(name)
         if any(value <= 0 for value in (*values, *values.values())):
             raise MetricsError(f"{curve.path}: {'/'.join((*curve.keys, 'points', key))} should hold numbers above 0")
-        lengths |= values.keys()
         everything += values.values()
         if values:
-            style.plot(axes, values, values.values(), line, f"{line.label} {text(values[max(values)])}")
+            last = max(values)
+            early = f" at {style.short(last)}" if last < max(lengths) else ""
+            style.plot(axes, values, values.values(), line, f"{line.label} {text(values[last])}{early}")
     if not lengths:
         raise MetricsError(f"{curves[0][1].path}: no model of curves has a length in points/{key}")
     style.scale(axes, "x", 2, thinned([2**i for i in powers(min(lengths), max(lengths), 2)]))

@@ -3,8 +3,8 @@
     python -m experiments.figures.expert_balance
     python -m experiments.figures.expert_balance --metrics learning.json --output pictures
 
-A load of 1 is an equal share. Sinkhorn has two panels: the balanced choice of training, which looks at the whole batch, and the
-choice of inference, which looks at each token alone.
+A load of 1 is an equal share; where there are several seeds, the worst of them is drawn. Sinkhorn has two panels: the balanced
+choice of training, which looks at the whole batch, and the choice of inference, which looks at each token alone.
 """
 
 from __future__ import annotations
@@ -28,24 +28,23 @@ PANELS = (
 
 
 def draw(metrics: Path) -> Figure:
-    """A panel for each way of routing, all with the same scale; a line a layer, the deeper the darker."""
+    """A panel for each way of routing, all with the same scale; a line a layer."""
     runs = learning_runs.read_runs(metrics)
-    note = learning_runs.note([run for run in runs if run.system in {system for _, system, _ in PANELS}])
-    note += f"; a line for each MoE layer, the deeper the darker; labelled: the one that ends highest; dashed: {GOAL}"
+    note = learning_runs.note([run for run in runs if run.system in {system for _, system, _ in PANELS}], "worst")
+    note += f"; a line for each MoE layer, labelled: the one that ends highest (black), the first and the last; dashed: {GOAL}"
     figure, panels = style.figure("Load of the busiest expert, layer by layer", len(PANELS), note=note, width=3.7)
     highest = 1.0
     for axes, (title, system, how) in zip(panels, PANELS, strict=True):
-        run = learning_runs.of(runs, system, metrics)[0]
-        if not run.loads:
-            raise MetricsError(f"{metrics}: the run of {system} has no expert_load")
-        steps = [step for step, _ in run.loads]
-        load = np.array([[max(layer) * len(layer) for layer in loads[how]] for _, loads in run.loads])
-        highest, layers = max(highest, load.max()), load.shape[1]
-        worst = int(load[-1].argmax())
-        for layer in range(layers):
-            grey = f"{0.7 * (1 - layer / max(layers - 1, 1)):.3f}"
-            axes.plot(steps, load[:, layer], color=grey, linewidth=1.1, label="_layer")
-        style.plot(axes, steps[-1:], load[-1:, worst], style.other_line(0, f"{load[-1, worst]:.2f}"))
+        steps, load = worst_loads(learning_runs.of(runs, system, metrics), how, metrics)
+        highest = max(highest, load.max())
+        lines = {int(load[-1].argmax()): 0}
+        for layer, number in ((0, 1), (load.shape[1] - 1, 2)):
+            lines.setdefault(layer, number)
+        for layer, busiest in enumerate(load.T):
+            if layer in lines:
+                style.plot(axes, steps, busiest, style.other_line(lines[layer], f"layer {layer}: {busiest[-1]:.2f}"))
+            else:
+                axes.plot(steps, busiest, color="0.5", linewidth=0.8, zorder=1.5, label="_layer")
         axes.axhline(GOAL, color="0.4", linewidth=0.9, linestyle=(0, (2, 2)), label="_goal")
         style.describe(axes, title, "optimizer steps", "load, times an equal share" if axes is panels[0] else "")
     ticks = [tick for tick in (1, 1.2, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32) if tick <= 1.15 * highest]
@@ -55,6 +54,21 @@ def draw(metrics: Path) -> Figure:
         axes.set_xlim(left=0)
         style.label_ends(axes)
     return figure
+
+
+def worst_loads(runs: Sequence[learning_runs.Run], how: str, path: Path) -> tuple[list[int], np.ndarray]:
+    """Steps, and at each the load of each layer's busiest expert `[steps, layers]`: the highest of runs with other seeds.
+
+    Raises:
+        MetricsError: a run has no loads, or other steps or layers than another.
+    """
+    steps = [[step for step, _ in run.loads] for run in runs]
+    if [] in steps:
+        raise MetricsError(f"{path}: a run of {runs[0].system} has no expert_load")
+    loads = [[[max(layer) * len(layer) for layer in layers[how]] for _, layers in run.loads] for run in runs]
+    if len({(tuple(at), *map(len, load)) for at, load in zip(steps, loads, strict=True)}) > 1:
+        raise MetricsError(f"{path}: the runs of {runs[0].system} have expert_load of other steps or layers than each other")
+    return steps[0], np.max(loads, axis=0)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -84,8 +84,8 @@ def of(runs: Sequence[Run], system: str, path: Path) -> list[Run]:
     return found
 
 
-def note(runs: Sequence[Run]) -> str:
-    """Device, size and tokens, for the bottom of a figure."""
+def note(runs: Sequence[Run], drawn: str = "mean") -> str:
+    """Device, size and tokens, for the bottom of a figure; of several seeds of a system their `drawn` is drawn."""
     active = [run.active / 1e6 for run in runs]
     tokens = {run.curve[-1].steps * run.tokens_per_step for run in runs}
     seeds = [run.system for run in runs]
@@ -94,4 +94,5 @@ def note(runs: Sequence[Run]) -> str:
     text = "tiny models, of no use; " if any(run.tiny for run in runs) else ""
     text += f"{', '.join(sorted({run.device for run in runs}))}; {' to '.join(sizes)} M active parameters "
     text += f"without embeddings; {' or '.join(f'{count / 1e6:,.3g}' for count in sorted(tokens))} M tokens"
-    return text + (f"; {' and '.join(several)}: mean of {max(map(seeds.count, several))} seeds, others one" if several else "")
+    counts = " or ".join(map(str, sorted({seeds.count(name) for name in several})))
+    return text + (f"; {' and '.join(several)}: {drawn} of {counts} seeds, others one" if several else "")

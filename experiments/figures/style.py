@@ -184,7 +184,7 @@ def short(number: float) -> str:
 def label_ends(axes: Axes) -> None:
     """Write each series' label to the right of where the last one ends, moved apart where labels would overlap.
 
-    A thin line leads to the label of a series that ends before. Call it last: limits of the axes are fixed by it.
+    A thin line leads to each label that is not beside its series' end. Call it last: limits of the axes are fixed by it.
     """
     axes.set_xlim(axes.get_xlim())
     axes.set_ylim(axes.get_ylim())
@@ -201,18 +201,21 @@ def label_ends(axes: Axes) -> None:
     ends.sort(key=lambda end: end[:2])
     last = max((x for _, x, _ in ends), default=1)
     for (y, x, drawn), place in zip(ends, spread([y for y, _, _ in ends], gap), strict=True):
-        lead = {"arrowstyle": "-", "color": "0.6", "linewidth": 0.6, "linestyle": (0, (1, 2)), "shrinkA": 0, "shrinkB": 5}
+        lead = {"arrowstyle": "-", "color": "0.6", "linewidth": 0.6, "linestyle": (0, (1, 2)), "shrinkA": 0, "shrinkB": 4}
+        lead["relpos"] = (0, 0.5)  # not through the label
+        moved = x < last - 0.01 or abs(place - y) > gap / 8
         axes.annotate(
-            str(drawn.get_label()), (x, y), (last + 0.035, place), xycoords="axes fraction", textcoords="axes fraction",
-            arrowprops=lead if x < last - 0.01 else None, color=min(str(drawn.get_color()), DARK), va="center",
+            str(drawn.get_label()), (x, y), (last + 0.07, place), xycoords="axes fraction", textcoords="axes fraction",
+            arrowprops=lead if moved else None, color=min(str(drawn.get_color()), DARK), va="center",
             fontsize=LABEL_SIZE, annotation_clip=False,
         )  # fmt: skip
 
 
 def spread(places: Sequence[float], gap: float) -> list[float]:
-    """Increasing places moved as little as needed so that they lie at least `gap` apart.
+    """Increasing places moved as little as needed so that they lie at least `gap` apart, and half of it within 0 to 1.
 
-    Neighbours that are too close become a block around the mean of where they should be, until no two blocks touch.
+    Neighbours that are too close become a block around the mean of where they should be, until no two blocks touch. More of
+    them than there is room for stand out on both sides alike.
     """
     blocks: list[list[float]] = []  # [middle, count] each
 
@@ -225,7 +228,9 @@ def spread(places: Sequence[float], gap: float) -> list[float]:
             last, before = blocks.pop(), blocks.pop()
             count = last[1] + before[1]
             blocks.append([(last[0] * last[1] + before[0] * before[1]) / count, count])
-    return [middle + gap * (i - (count - 1) / 2) for middle, count in blocks for i in range(math.ceil(count))]
+    apart = [middle + gap * (i - (count - 1) / 2) for middle, count in blocks for i in range(math.ceil(count))]
+    edge = min(gap / 2, (1 - gap * (len(apart) - 1)) / 2)
+    return [min(max(place, edge + gap * i), 1 - edge - gap * (len(apart) - 1 - i)) for i, place in enumerate(apart)]
 
 
 def save(figure: Figure, directory: str | os.PathLike[str], name: str) -> tuple[Path, Path]:
