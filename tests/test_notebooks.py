@@ -169,6 +169,13 @@ def test_is_short_and_installs_first(path):
 
 
 @every_notebook
+def test_asks_for_the_repository_where_it_has_to_install(path, tmp_path):
+    missing = "import importlib.util\nimportlib.util.find_spec = lambda name: None"
+    with pytest.raises(nbclient.exceptions.CellExecutionError, match="set `repository` above to the address"):
+        execute(of_cells(missing, code(read(path))[0]), tmp_path)
+
+
+@every_notebook
 def test_names_no_place_on_a_machine(path):
     text = "\n".join(cell.source for cell in read(path).cells)
     assert not re.findall(r"/(?:home|root|work|tmp|content|Users|usr|opt)/\S*", text)
