@@ -32,7 +32,7 @@ import tyro
 
 from bm_jax.config import ConfigError
 from bm_jax.data.shards import read_manifest, write_durably
-from experiments.one_run import Plan, config_of, fingerprint
+from experiments.one_run import Plan, config_of, digest, fingerprint
 from experiments.systems import SYSTEMS, VARIANTS
 
 
@@ -168,7 +168,7 @@ def plan_of(options: Options, name: str, seed: int, rate: float, steps: int) -> 
     return Plan(
         name, seed, rate, steps, str(Path(options.data).resolve()), str(Path(options.output).resolve() / directory),
         sequence_length=options.sequence_length, batch_size=options.batch_size, tiny=options.tiny,
-        fingerprint=fingerprint(options.data),
+        fingerprint=fingerprint(options.data), model=digest((SYSTEMS | VARIANTS)[name]),
     )  # fmt: skip
 
 

@@ -51,6 +51,8 @@ class Plan:
     """A model that a CPU can train in seconds."""
     fingerprint: str = ""
     """Of what the prepared folder holds."""
+    model: str = ""
+    """A fingerprint of the system's configuration, which may change under its name."""
 
     def kept(self) -> dict[str, Any]:
         """The fields as they are kept with what was measured: names of folders without where they are."""
@@ -64,7 +66,12 @@ def fingerprint(folder: str) -> str:
         DataError: there is no manifest, or it is damaged.
     """
     manifest = read_manifest(folder)
-    return hashlib.sha256(repr((manifest.tokenizer_fingerprint, manifest.splits)).encode()).hexdigest()[:16]
+    return digest((manifest.tokenizer_fingerprint, manifest.splits))
+
+
+def digest(value: object) -> str:
+    """A short hash of what Python writes for a value."""
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
 
 
 def config_of(plan: Plan) -> Config:

@@ -104,7 +104,7 @@ def keep_result(plan, *ends):
     Path(f"{plan.directory}.json").write_text(json.dumps(kept))
 
 
-def test_kept_results_are_those_of_the_same_data_and_settings(data, tmp_path):
+def test_kept_results_are_those_of_the_same_data_and_settings(data, tmp_path, monkeypatch):
     options = tiny_options(data, tmp_path)
     plan = learning.plan_of(options, "mamba", 0, 1e-3, 4)
     keep_result(plan, 3.0, 2.0)
@@ -117,6 +117,10 @@ def test_kept_results_are_those_of_the_same_data_and_settings(data, tmp_path):
         other = f"mamba-0.001-seed0-4.json is of other data or settings: .*{name} .*Give another --output"
         with pytest.raises(SystemExit, match=other):
             learning.main(dataclasses.replace(options, **{name: value}))
+    with monkeypatch.context() as patch:
+        patch.setitem(SYSTEMS, "mamba", dataclasses.replace(SYSTEMS["mamba"], width=256))
+        with pytest.raises(SystemExit, match=r"settings: model \w+, not \w+\. Give"):
+            learning.main(options)
     manifest = moved / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"tokens_sha256": "', '"tokens_sha256": "0'))
     with pytest.raises(SystemExit, match=r"settings: fingerprint \w+, not \w+\. Give"):
