@@ -106,7 +106,7 @@ def main(options: Options) -> None:
     print(f"{device.device_kind}, {options.preset}, {rows} x {length} tokens, remat {config.run.remat}, {options.optimizer}")
     print(
         f"  {tokens / taken:,.0f} tokens/s, {taken * 1e3:.1f} ms a step ({min(times) * 1e3:.1f} to {max(times) * 1e3:.1f}); "
-        f"{flops / 1e9:.2f} GFLOP a token"
+        f"{flops / 1e9:.3g} GFLOP a token"
         + (f", {tokens / taken * flops / peak:.1%} of {peak / 1e12:.0f} TFLOP/s" if peak else ""),
         flush=True,
     )
@@ -128,13 +128,16 @@ def main(options: Options) -> None:
         parts, longest = breakdown(run, traced.as_text())
         floors = floor_seconds(config, tokens, copy_bandwidth(), peak) if peak else {}
         results |= {"parts": parts, "floors": floors, "longest": longest}
-        print(f"  of a step's {sum(parts.values()) / TRACED * 1e3:.1f} ms in kernels:")
-        for name, spent in sorted(parts.items(), key=lambda item: -item[1]):
-            floor = f", floor {floors[name] * 1e3:6.2f} ms, {floors[name] * TRACED / spent:4.0%}" if name in floors else ""
-            print(f"    {name:22} {spent / TRACED * 1e3:7.2f} ms{floor}")
-        print("  the longest kernels, ms a step:")
-        for (part, name, where), (count, spent) in longest[:24]:
-            print(f"    {spent * 1e3:7.2f}  {count:6.1f} x  {part:20} {name[:44]:44} {where[-80:]}")
+        if parts:
+            print(f"  of a step's {sum(parts.values()) / TRACED * 1e3:.1f} ms in kernels:")
+            for name, spent in sorted(parts.items(), key=lambda item: -item[1]):
+                floor = f", floor {floors[name] * 1e3:6.2f} ms, {floors[name] * TRACED / spent:4.0%}" if name in floors else ""
+                print(f"    {name:22} {spent / TRACED * 1e3:7.2f} ms{floor}")
+            print("  the longest kernels, ms a step:")
+            for (part, name, where), (count, spent) in longest[:24]:
+                print(f"    {spent * 1e3:7.2f}  {count:6.1f} x  {part:20} {name[:44]:44} {where[-80:]}")
+        else:
+            print(f"  no breakdown: nothing is known of the kernels of a {device.device_kind}")
     if options.json:
         values = {"options": dataclasses.asdict(options), "results": results, "machine": machine()}
         options.json.write_text(json.dumps(values, indent=2, default=str) + "\n", encoding="utf-8")

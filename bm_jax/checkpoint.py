@@ -7,8 +7,8 @@ shape of every array), `data_state.json`, `config.json` and `checksums.json` (si
 is written as `STEP.partial-N`; when Orbax has finished, the checksums are written, every file and folder is flushed to
 the disk (fsync), and only then is it renamed to `STEP`, the parent flushed, and older checkpoints deleted. So:
 
-- a folder named by a number is complete, whatever killed the process; everything else is left-overs, removed at the
-  next save;
+- a folder named by a number is complete, whatever killed the process; `STEP.partial-N` is a left-over, removed at the next
+  save; `STEP.corrupt` and `STEP.superseded` were set aside, and are kept;
 - a power cut loses at most the save in progress, if the file system and the drive honour fsync and rename is atomic
   (ext4, xfs, btrfs, apfs do; some network and FUSE mounts do not);
 - damage after the rename (truncated, missing or altered file) is found by the checksums before anything is loaded, and
@@ -169,6 +169,15 @@ class Checkpoints:
             raise self._failed(step, error) from error
         self._saving = self._finisher.submit(self._finish, step, partial, checkpointer)
 
+    def check(self) -> None:
+        """Raise the error of the save in progress if it has failed by now; otherwise return at once.
+
+        Raises:
+            CheckpointError: it failed; its partial folder is gone and earlier checkpoints are intact.
+        """
+        if self._saving is not None and self._saving.done():
+            self.wait()
+
     def wait(self) -> None:
         """Wait until the save in progress is complete on disk.
 
@@ -209,6 +218,8 @@ class Checkpoints:
 
     def _choose(self, step: int | None) -> int | None:
         """The step that `restore` reads, None for none; damaged ones after it are set aside."""
+        if self.directory.exists() and not self.directory.is_dir():
+            raise CheckpointError(f"{self.directory} is not a folder; move it away or use another run.directory.")
         if step is None:
             step, damaged = _newest_good(self.directory)
             for bad in damaged if step is not None else ():
@@ -262,6 +273,13 @@ class Checkpoints:
     def intact(self) -> str:
         """What an error is to say about the steps that are safe."""
         return f"{_last_good(self.directory)}; run again with the same command once this is fixed."
+
+    def newest_config(self) -> dict[str, Any] | None:
+        """The configuration that the newest checkpoint was saved with; None where there is none, or it cannot be read."""
+        try:
+            return _read_json(self.directory / str(self.latest_step()), "config")
+        except (OSError, ValueError):
+            return None
 
     def _remove_leftovers(self) -> None:
         for entry in sorted(self.directory.glob(f"*{PARTIAL}*")):

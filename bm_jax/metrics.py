@@ -20,6 +20,7 @@ from tensorboardX.summary import scalar
 from tqdm import TqdmWarning
 
 from bm_jax.config import GATED_ACTIVATIONS, ModelConfig
+from bm_jax.data.shards import naming
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", TqdmWarning)  # where Jupyter has no ipywidgets the bar is drawn in text
@@ -116,14 +117,19 @@ class MetricsWriter:
     def __enter__(self) -> MetricsWriter:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        try:
+            self.close()
+        except OSError:  # a full disk, which a row that was written before has met already
+            if kind is None:
+                raise
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Write one row. Values are numbers, or arrays or nested lists of them (each element a TensorBoard scalar)."""
         row = {name: _plain(value) for name, value in metrics.items()}
-        self._file.write(_line({"step": int(step), **row}))
-        self._file.flush()
+        with naming(self.path):
+            self._file.write(_line({"step": int(step), **row}))
+            self._file.flush()
         for name, value in row.items():
             for index, element in np.ndenumerate(np.asarray(value)):
                 if isinstance(element, int | float | np.number):
@@ -131,8 +137,9 @@ class MetricsWriter:
 
     def sync(self) -> None:
         """Put the rows written so far on the disk, where they survive a power cut."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with naming(self.path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def rewind(self, step: int) -> None:
         """Drop what was written after `step`: the run goes on from there."""
@@ -208,16 +215,16 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
             return [number(item) for item in value]
         return NONFINITE.get(value, value) if isinstance(value, str) else value
 
-    rows = []
+    rows: dict[int, dict[str, Any]] = {}
     for count, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
         try:
             row = json.loads(line)
-            row["step"] = int(row["step"])
-        except (ValueError, TypeError, KeyError):
+            row = {name: number(value) for name, value in row.items()} | {"step": int(row["step"])}
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
             logging.getLogger(__name__).warning("line %d of %s is damaged and left out", count, path)
             continue
-        rows.append({name: number(value) for name, value in row.items()})
-    return rows
+        rows[row["step"]] = row  # of a step that is there twice, what was written last
+    return list(rows.values())
 
 
 def _rewrite(path: Path, rows: list[dict[str, Any]]) -> None:

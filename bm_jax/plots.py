@@ -51,7 +51,7 @@ def plot_expert_load(metrics: Rows, path: str | os.PathLike) -> None:
     Raises:
         ValueError: no row has `expert_load`, as for a model without MoE layers.
     """
-    reports = _series(metrics, "expert_load")
+    reports = _series(metrics, "expert_load", axes=2)
     if not reports:
         raise ValueError("the metrics hold no expert_load to draw; has the model a MoE layer?")
     steps = [step for step, _ in reports]
@@ -86,10 +86,17 @@ def plot_expert_load(metrics: Rows, path: str | os.PathLike) -> None:
     figure.savefig(path, dpi=150)
 
 
-def _series(metrics: Rows, name: str) -> list[tuple[int, Any]]:
-    """(step, value) of the rows that have `name`, without non-finite values."""
-    values = [(row["step"], row[name]) for row in metrics if row.get(name) is not None]
-    return [(step, value) for step, value in values if np.size(value) and np.all(np.isfinite(value))]
+def _series(metrics: Rows, name: str, axes: int = 0) -> list[tuple[int, Any]]:
+    """(step, value) of the rows whose value is finite numbers along so many axes, in the shape of the last such."""
+    found = []
+    for row in metrics:
+        try:
+            value = np.asarray(row.get(name), np.float64)
+        except (TypeError, ValueError):
+            continue
+        if value.ndim == axes and value.size and np.all(np.isfinite(value)):
+            found.append((row["step"], value))
+    return [(step, value) for step, value in found if value.shape == found[-1][1].shape]
 
 
 def _figure(width: float, height: float) -> Figure:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import socket
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -19,6 +21,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bm_jax.config import ConfigError
 
+CONNECT_SECONDS = 300
+"""How long a process looks for process 0, which may start later."""
 HEARTBEAT_SECONDS = 10
 """A process that is silent for so long counts as gone, which ends all others."""
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
@@ -38,7 +42,8 @@ def connect(
     (SLURM, Cloud TPU, Open MPI, Kubernetes). Otherwise there is one process and nothing to do.
 
     Raises:
-        ConfigError: some of the three are missing or wrong, or the others could not be reached in five minutes.
+        ConfigError: some of the three are missing or wrong, or process 0 could not be reached in `CONNECT_SECONDS`. Where
+            it can be, but others do not come, jax ends the process after five minutes, with a message of its own.
     """
     given = [coordinator, processes, process]
     values = [os.environ.get(name) if value is None else str(value) for name, value in zip(VARIABLES, given, strict=True)]
@@ -50,8 +55,9 @@ def connect(
         address, total, own = map(str, values)
         if not (total.isdecimal() and own.isdecimal() and int(own) < int(total)):
             raise ConfigError(f"JAX_NUM_PROCESSES is {total!r}, JAX_PROCESS_ID {own!r}: the second must be below the first")
-        if not address.rpartition(":")[0] or not address.rpartition(":")[2].isdecimal():
-            raise ConfigError(f"JAX_COORDINATOR_ADDRESS must be HOST:PORT, got {address!r}")
+        host, _, port = address.rpartition(":")
+        if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+            raise ConfigError(f"JAX_COORDINATOR_ADDRESS must be HOST:PORT with a port below 65536, got {address!r}")
         local = os.environ.get(LOCAL_DEVICES)
         if local is not None and not all(part.isdecimal() for part in local.split(",")):
             raise ConfigError(f"{LOCAL_DEVICES} must be numbers with commas between them, got {local!r}")
@@ -61,10 +67,29 @@ def connect(
         return
     # It would catch SIGTERM, which `bm_jax.train.Interrupt` does.
     jax.config.update("jax_enable_preemption_service", False)
+    if options.get("process_id"):
+        _await_coordinator(options["coordinator_address"])
     try:
         jax.distributed.initialize(**options, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     except (RuntimeError, ValueError) as error:
         raise ConfigError(f"the processes of this run could not find each other: {error}") from error
+
+
+def _await_coordinator(address: str) -> None:
+    """Wait until process 0 listens: jax would end this process with a stack of C++ if it never does."""
+    host, _, port = address.rpartition(":")
+    end = time.monotonic() + CONNECT_SECONDS
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+            return
+        except OSError as error:
+            if time.monotonic() > end or isinstance(error, socket.gaierror):
+                raise ConfigError(
+                    f"process 0 cannot be reached at {address} ({error}). Is that its host, is it running, and is the "
+                    "port open?"
+                ) from None
+            time.sleep(1)
 
 
 def in_a_cluster(environment: Mapping[str, str]) -> bool:
@@ -76,6 +101,30 @@ def in_a_cluster(environment: Mapping[str, str]) -> bool:
 def is_first() -> bool:
     """Whether this process is the one that writes what there is one of: it has number 0."""
     return jax.process_index() == 0
+
+
+def require_equal(settings: Mapping[str, Any]) -> None:
+    """ConfigError where a process was started with other settings than process 0: each would train something else."""
+    if jax.process_count() == 1:
+        return
+    own = _flat(json.loads(json.dumps(settings)))
+    wanted = from_first(lambda: own)
+    different = [name for name in {**wanted, **own} if wanted.get(name) != own.get(name)]
+    equal = multihost_utils.process_allgather(np.array(not different))
+    if different:
+        listed = "; ".join(f"{name} is {own.get(name)!r} here, {wanted.get(name)!r} in process 0" for name in different)
+        raise ConfigError(f"process {jax.process_index()} was started with other settings: {listed}. Start all with the same")
+    if not equal.all():
+        others = ", ".join(str(number) for number in np.flatnonzero(~equal))
+        raise ConfigError(f"processes {others} were started with other settings than this one, and say which")
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return flat
 
 
 def require_shared(directory: Path) -> None:

@@ -50,6 +50,8 @@ def sync(path: Path) -> None:
 
 def remove_folder(folder: Path) -> None:
     """Delete a folder, though writes that a failed save left running may add to it meanwhile."""
+    if folder.is_symlink():  # what it points to is not ours
+        folder.unlink()
     end = time.monotonic() + 2
     while folder.exists():
         shutil.rmtree(folder, ignore_errors=True)
@@ -85,6 +87,9 @@ def problem_with(folder: Path) -> str | None:
                 return f"{folder / name} has {found[name][0]} bytes instead of {size}"
             if found[name][1] != digest:
                 return f"the contents of {folder / name} have changed"
+        for name in found:
+            if name not in expected:
+                return f"{folder / name} is not among those that {folder / CHECKSUMS} lists"
     except FileNotFoundError as error:
         return f"{error.filename} is missing"
     except (OSError, ValueError, TypeError, AttributeError) as error:

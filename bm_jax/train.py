@@ -42,7 +42,7 @@ from bm_jax.loss import LossSums
 from bm_jax.metrics import MetricsWriter, ProgressBar, device_peak_flops, model_flops_per_token, read_metrics
 from bm_jax.model import count_parameters
 from bm_jax.optimizer import make_optimizer
-from bm_jax.processes import AnyProcess, from_first, global_array, is_first, own_rows, require_shared
+from bm_jax.processes import AnyProcess, from_first, global_array, is_first, own_rows, require_equal, require_shared
 from bm_jax.sharding import BATCH_AXES, batch_sharding, make_mesh, with_shardings
 from bm_jax.train_step import TrainState, init_state, make_eval_step, make_train_step, state_shardings
 
@@ -90,19 +90,21 @@ def fit(config: Config, *, resume_from: int | None = None) -> Result:
 
 def _fit(config: Config, resume_from: int | None, interrupt: Interrupt) -> Result:
     tune_allocator()
+    require_equal(to_dict(config))
     resume_from = from_first(lambda: resume_from)  # no other process may think otherwise
     directory = Path(config.run.directory)
     mesh = make_mesh(config.mesh)
     _check_batch(config, mesh)
-    data = open_data(config.data, config.model.vocab_size)
+    keep = {"keep_last": config.run.keep_last, "keep_every": config.run.keep_every}
+    checkpoints = Checkpoints(directory / "checkpoints", **keep)
+    with naming_the_last_good_step(checkpoints):
+        data = open_data(config.data, config.model.vocab_size)
     with lock_run_directory(directory) if is_first() else contextlib.nullcontext(), jax.set_mesh(mesh):
         require_shared(directory)
-        _check_same_run(config, data, directory)
-        run = Run(config, data, mesh)
-        keep = {"keep_last": config.run.keep_last, "keep_every": config.run.keep_every}
-        with Checkpoints(directory / "checkpoints", **keep) as checkpoints:
-            with naming_the_last_good_step(checkpoints):
-                run.begin_watch() if is_first() else None
+        with checkpoints, naming_the_last_good_step(checkpoints):
+            _check_same_run(config, data, directory, checkpoints)
+            run = Run(config, data, mesh)
+            run.begin_watch() if is_first() else None
             state, position = run.start(checkpoints, resume_from)
             first = int(state.step)
             if first < config.run.steps and is_first():
@@ -112,10 +114,9 @@ def _fit(config: Config, resume_from: int | None, interrupt: Interrupt) -> Resul
                 ProgressBar(config.run.steps, first) if is_first() else Silent() as bar,
             ):
                 run.announce(bar, first)
-                with naming_the_last_good_step(checkpoints):
-                    state = run.train(state, position, checkpoints, writer, bar, interrupt)
+                state = run.train(state, position, checkpoints, writer, bar, interrupt)
                 checkpoints.wait()
-        return run.finish(state)
+            return run.finish(state)
 
 
 @contextlib.contextmanager
@@ -129,6 +130,8 @@ def naming_the_last_good_step(checkpoints: Checkpoints) -> Iterator[None]:
         except CheckpointError as failure:
             logger.error("%s", failure)
         error.add_note(checkpoints.intact())
+        if isinstance(error, NonFiniteError) and (earlier := checkpoints.steps()[:-1]):
+            error.add_note(f"If that one diverges again: --resume-from {earlier[-1]} goes back further")
         raise
 
 
@@ -212,17 +215,24 @@ class Run:
             batches.set_state(position)
         folder = Path(self.config.run.directory) / "profile"
         profile = Profile(folder, int(state.step) + PROFILE_AFTER, self.config.run.profile_steps)
+        gone_back_to: int | None = None
         while True:
             try:
                 return self._train(state, batches, checkpoints, writer, bar, interrupt, profile)
             except NonFiniteError as error:
                 checkpoints.wait()
-                if not rewinds or from_first(checkpoints.latest_step) is None:
+                steps = from_first(checkpoints.steps)
+                if rewinds and not steps:
+                    error.add_note("There was no checkpoint to go back to (run.rewinds)")
+                if not rewinds or not steps:
                     raise
-                reason = str(error)
+                # Where no step after a checkpoint was good, with other data as well, the checkpoint is to blame.
+                to_blame = steps[-1] == gone_back_to and self.first_skipped == steps[-1] + 1 and len(steps) > 1
+                gone_back_to, reason = steps[-2 if to_blame else -1], str(error)
             rewinds -= 1
             jax.tree.map(lambda leaf: leaf.delete(), self.last_state)  # no room for both may be left
-            state, position = self.start(checkpoints)
+            state, position = self.start(checkpoints, gone_back_to if to_blame else None)
+            gone_back_to = int(state.step)
             state = dataclasses.replace(
                 state, skipped_in_row=jnp.zeros_like(state.skipped_in_row)
             )  # the data of that streak are left out
@@ -254,7 +264,9 @@ class Run:
         rates = self._rates(time.perf_counter())
         waiting: tuple[int, dict[str, Any]] | None = None
         saved = step = int(state.step)
+        due = False
         while step < run.steps:
+            checkpoints.check()
             if number := any_process(interrupt.number or 0):
                 self.interrupted_by = number
                 break
@@ -273,13 +285,16 @@ class Run:
             waiting = step, metrics | row
             if step % run.eval_every == 0 or step == run.steps:
                 waiting[1].update(self.validate(state, step))
-            if step % run.checkpoint_every == 0 or step == run.steps:
+            due = due or step % run.checkpoint_every == 0 or step == run.steps
+            if due:
                 # Rows of saved steps reach the file first, so that no checkpoint is ahead of the metrics.
-                self._write(*waiting, writer, bar, next(rates))
+                skipped_in_row = self._write(*waiting, writer, bar, next(rates))
                 waiting = None
-                writer.sync()
-                self._save(checkpoints, state, step, batches)
-                saved = step
+                # What precedes steps without an update may be at fault: it must not push a good checkpoint out.
+                if not skipped_in_row or step == run.steps:
+                    writer.sync()
+                    self._save(checkpoints, state, step, batches)
+                    saved, due = step, False
         profile.stop(state)
         if waiting is not None:
             self._write(*waiting, writer, bar, next(rates))
@@ -319,8 +334,8 @@ class Run:
 
     def _write(
         self, step: int, metrics: dict[str, Any], writer: MetricsWriter, bar: ProgressBar, rates: dict[str, float]
-    ) -> None:
-        """Fetch what one step measured, log it, and stop the run if it diverged."""
+    ) -> int:
+        """Fetch what one step measured, log it, and stop the run if it diverged; how many steps in a row were skipped."""
         row = jax.device_get(metrics)
         if "loss" in row:
             row["loss"] = _mean(row["loss"])
@@ -329,14 +344,15 @@ class Run:
         bar.update(step, loss=row.get("loss"), tokens_per_second=rates["tokens_per_second"])
         if "validation_loss" in row:
             bar.message(f"step {step}: validation loss {row['validation_loss']:.4f} nats a token")
-        limit = self.config.run.max_nonfinite_steps
-        if in_row >= limit:
+        self.first_skipped = step - in_row + 1
+        if in_row >= self.config.run.max_nonfinite_steps:
             raise NonFiniteError(
                 f"the loss or gradient was not finite, or larger than optimizer.skip_norm_above, for {in_row} steps in a row "
-                f"(step {step - in_row + 1} to {step}, "
+                f"(step {self.first_skipped} to {step}, "
                 f"last objective {row['objective']}); those updates were skipped. Lower optimizer.learning_rate, or look "
                 "at the data of these steps."
             )
+        return in_row
 
     def validate(self, state: TrainState, step: int) -> dict[str, float]:
         """Mean loss in nats a token over held-out windows, over all sources and for each of several."""
@@ -470,13 +486,16 @@ def _check_batch(config: Config, mesh: jax.sharding.Mesh) -> None:
         )
 
 
-def _check_same_run(config: Config, data: Data, directory: Path) -> None:
+def _check_same_run(config: Config, data: Data, directory: Path, checkpoints: Checkpoints) -> None:
     """A run keeps its model, data, tokenizer and seed for life; everything else, the mesh too, may change when it continues."""
     path = directory / "config.json"
-    if not path.exists() or not (directory / "checkpoints").is_dir():
+    if not checkpoints.directory.is_dir():
         return
     try:
-        before, now = json.loads(path.read_text()), json.loads(json.dumps(to_dict(config)))
+        before = json.loads(path.read_text()) if path.exists() else checkpoints.newest_config()
+        if before is None:
+            return
+        now = json.loads(json.dumps(to_dict(config)))
         before, now = ({**c["model"], **c["data"], "run.seed": c["run"]["seed"]} for c in (before, now))
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} is damaged ({error!r}); move it away or use another run.directory") from None

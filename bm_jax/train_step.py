@@ -31,7 +31,7 @@ class TrainState:
     key: Array
     """Key of the run; step k uses fold_in(key, k)."""
     skipped: Array
-    """Updates skipped in the whole run for a non-finite loss or gradient: int32."""
+    """Updates skipped for a non-finite loss or gradient on the way to this state, without steps that were undone: int32."""
     skipped_in_row: Array
     """Updates skipped since the last good one: int32."""
 

@@ -34,7 +34,7 @@ def _smaller(preset: str, *, repeats: int, **moe: Any) -> ModelConfig:
 
 def _blackmamba(**moe: Any) -> ModelConfig:
     # Sharper than the preset's 0.5, with which choices on text are not as even (`experiments.router_balance`).
-    defaults = {"width": EXPERT, "sinkhorn_temperature": 0.25, "sinkhorn_iterations": 16}
+    defaults = {"width": EXPERT, "sinkhorn_temperature": 0.0625, "sinkhorn_iterations": 64}
     return _smaller("blackmamba_340m_1p5b", repeats=7, **defaults | moe)
 
 

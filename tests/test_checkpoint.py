@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import json
 import logging
 import os
 import re
@@ -280,6 +281,26 @@ def flip_bit(path: Path) -> None:
 
 def remove(path: Path) -> None:
     path.unlink()
+
+
+@pytest.mark.parametrize("unlisted", ["data_state.json", "leaves.json"])
+def test_a_file_that_no_checksum_is_kept_of_is_damage(tmp_path, unlisted):
+    save_steps(tmp_path, 1, 2)
+    sums = json.loads((tmp_path / "2/checksums.json").read_text())
+    del sums[unlisted]
+    (tmp_path / "2/checksums.json").write_text(json.dumps(sums))
+    with pytest.warns(RuntimeWarning, match=f"{unlisted} is not among those that"):
+        assert restore(tmp_path).step == 1
+
+
+def test_an_old_checkpoint_that_was_moved_and_linked_is_deleted_as_a_link(tmp_path):
+    save_steps(tmp_path / "run", 1)
+    (tmp_path / "run/1").rename(tmp_path / "moved")
+    (tmp_path / "run/1").symlink_to(tmp_path / "moved")
+    save_steps(tmp_path / "run", 2, 3, keep_last=2)
+    assert "1" not in names(tmp_path / "run")
+    assert not [name for name in names(tmp_path / "run") if "partial" in name]
+    assert (tmp_path / "moved/checksums.json").exists()
 
 
 def test_damage_to_any_file_is_found(tmp_path):

@@ -82,6 +82,15 @@ def test_document_ends_that_do_not_cover_the_tokens(folder):
         open_prepared(folder)
 
 
+def test_no_document_ends(folder):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["splits"]["train"][0]["documents"] = 0
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / ENDS).write_bytes(b"")
+    with pytest.raises(ConfigError, match=rf"{ENDS} is damaged: its last document ends at token 0"):
+        open_prepared(folder)
+
+
 def test_out_of_range_id_is_refused_when_read(folder):
     edit(folder / TOKENS, 11, 9)
     config = DataConfig(sources=(str(folder),), sequence_length=16)
@@ -123,6 +132,11 @@ def test_damaged_or_foreign_manifest(folder):
     change_manifest(folder, version=1, surprise=1)
     with pytest.raises(ConfigError, match="no field 'surprise'"):
         read_manifest(folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["surprise"]
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"dtype": "nonsense"}))
+    with pytest.raises(ConfigError, match="dtype must be uint16 or uint32, got 'nonsense'"):
+        open_prepared(folder)
     (folder / "manifest.json").write_text('{"format": ')
     with pytest.raises(ConfigError, match=r"manifest\.json is damaged"):
         read_manifest(folder)

@@ -87,6 +87,30 @@ def test_two_starts_in_one_second_write_two_files(tmp_path):
     assert second.read_bytes().count(b"loss") == 2
 
 
+def test_damaged_lines_are_left_out_and_a_step_counts_once(tmp_path):
+    lines = [
+        '{"step": 1, "loss": 2}',
+        '{"step": Infinity}',
+        "[" * 100_000,
+        "[1]",
+        '{"step": 2, "loss": 3}',
+        '{"step": 1, "loss": 4}',
+    ]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    assert read_metrics(tmp_path) == [{"step": 1, "loss": 4}, {"step": 2, "loss": 3}]
+
+
+def test_a_full_disk_is_named(tmp_path):
+    def write():
+        with MetricsWriter(tmp_path) as writer:
+            writer._file.close()
+            writer._file = open("/dev/full", "w")  # noqa: SIM115 (closed by `close`)
+            writer.write(1, {"loss": 2.0})
+
+    with pytest.raises(OSError, match=r"No space left on device: '.*metrics\.jsonl'"):
+        write()
+
+
 def test_reading_metrics_that_are_not_there(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"metrics\.jsonl"):
         read_metrics(tmp_path)
@@ -232,6 +256,12 @@ def test_pictures(tmp_path, layers, experts):
         width, height = png_size(tmp_path / name)
         assert width > 600
         assert height > 400
+
+
+def test_pictures_leave_out_what_is_no_number(tmp_path):
+    rows = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": "hello", "validation_loss": [1]}, {"step": 3, "loss": [[1], 2]}]
+    plot_losses(rows, tmp_path / "losses.png")
+    assert (tmp_path / "losses.png").stat().st_size
 
 
 def test_pictures_need_something_to_draw(tmp_path):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from bm_jax import processes as processes_module
 from bm_jax.config import ConfigError
 from bm_jax.launch import free_port
 from bm_jax.metrics import read_metrics
@@ -238,6 +239,27 @@ def test_directories_that_are_not_shared_are_refused(tmp_path):
     assert all("processes 1 do not see the folder" in text for text in said), said
 
 
+def test_processes_with_other_settings_are_refused(tmp_path):
+    address = f"127.0.0.1:{free_port()}"
+    processes = []
+    for number, rate in enumerate(("1e-3", "1e-2")):
+        own = environment(**dict(zip(VARIABLES, (address, "2", str(number)), strict=True)))
+        words = [sys.executable, *command(tmp_path / "run", STEPS), "--optimizer.learning-rate", rate]
+        options = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        processes.append(subprocess.Popen(words, env=own, **options))
+    said = end(processes)
+    assert [process.returncode for process in processes] == [1, 1], said
+    assert "processes 1 were started with other settings" in said[0]
+    assert "optimizer.learning_rate is 0.01 here, 0.001 in process 0" in said[1]
+    assert not (tmp_path / "run").exists()
+
+
+def test_nobody_at_the_address_of_process_0_is_an_error(monkeypatch):
+    monkeypatch.setattr(processes_module, "CONNECT_SECONDS", 1)
+    with pytest.raises(ConfigError, match="process 0 cannot be reached"):
+        connect(f"127.0.0.1:{free_port()}", 2, 1)
+
+
 def test_sigterm_to_one_process_stops_all_of_them_with_status_zero(alone, tmp_path):
     directory = tmp_path / "run"
     processes = start(directory, 2, steps=100_000)
@@ -255,6 +277,9 @@ def test_what_is_missing_or_wrong_is_named(monkeypatch):
         (("host:1", None, 0), "there is no JAX_NUM_PROCESSES"),
         (("host", 2, 0), "HOST:PORT"),
         (("host:1", 2, 2), "must be below"),
+        (("host:99999", 2, 0), "a port below 65536"),
+        (("host:0", 2, 1), "a port below 65536"),
+        (("no-such-host.invalid:9", 2, 1), r"process 0 cannot be reached at no-such-host.invalid:9"),
     ):
         with pytest.raises(ConfigError, match=message):
             connect(*arguments)

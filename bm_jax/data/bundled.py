@@ -30,5 +30,6 @@ def open_shakespeare(tokenizer: Tokenizer, vocab_size: int) -> dict[str, TokenSt
     for split, texts in shakespeare_texts().items():
         ids = [np.append(a, np.int32(tokenizer.end_of_document)) for a in tokenizer.encode_batch(list(texts.values()))]
         ends = np.cumsum([len(a) for a in ids])
-        streams[split] = TokenStream([Piece(np.concatenate(ids), ends, "the bundled shakespeare")], vocab_size)
+        files = tuple(FOLDER / name for name in texts)
+        streams[split] = TokenStream([Piece(np.concatenate(ids), ends, "the bundled shakespeare", files)], vocab_size)
     return streams

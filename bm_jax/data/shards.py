@@ -13,10 +13,12 @@ Every document lies whole in one shard and ends with the end-of-document id.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -93,12 +95,26 @@ def token_dtype(ids: int) -> np.dtype:
 def write_durably(path: Path, text: str) -> None:
     """Replace `path` by `text` so that after a crash it holds either the old content or the new."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with naming(path), open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError that names no file, as those of writing, gets the name of this one."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def sync_folder(folder: Path) -> None:
@@ -186,9 +202,12 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
             f"To fix it, {remedy} again"
         )
     try:
-        return from_dict(Manifest, values, where=str(path))
+        manifest = from_dict(Manifest, values, where=str(path))
+        if manifest.dtype not in ("uint16", "uint32"):
+            raise ConfigError(f"dtype must be uint16 or uint32, got {manifest.dtype!r}")
     except (ConfigError, TypeError) as error:
         raise DataError(f"{path} is damaged ({error}). Delete the folder and {remedy}") from None
+    return manifest
 
 
 def _require_size(path: Path, expected: int) -> None:
@@ -241,15 +260,43 @@ def open_prepared(
             ends = np.fromfile(path.with_suffix(".ends"), ENDS_DTYPE)  # not a map, see `FileNumbers`
             if shard.max_id >= limit:
                 raise DataError(f"{path} contains token id {shard.max_id}, but the model has ids 0 to {limit - 1}")
-            if int(ends[-1]) != shard.tokens:
+            last = int(ends[-1]) if len(ends) else 0
+            if last != shard.tokens:
                 raise DataError(
-                    f"{path.with_suffix('.ends')} is damaged: its last document ends at token {int(ends[-1]):,}, "
+                    f"{path.with_suffix('.ends')} is damaged: its last document ends at token {last:,}, "
                     f"expected {shard.tokens:,}. Copy it again or prepare again"
                 )
             files = (path, path.with_suffix(".ends"), folder / MANIFEST)
             pieces.append(Piece(FileNumbers(path, dtype, 0, shard.tokens), ends, str(path), files))
         streams[split] = TokenStream(pieces, limit)
     return streams
+
+
+def check_sums(folder: str | os.PathLike[str]) -> None:
+    """Read every byte of a prepared folder's shards and check it against the manifest.
+
+    Raises:
+        DataError: names every file that is wrong.
+    """
+    if problems := _wrong_sums(Path(folder), read_manifest(folder)):
+        raise _damaged(folder, problems)
+
+
+def _wrong_sums(folder: Path, manifest: Manifest) -> list[str]:
+    """The files whose SHA-256 is not the recorded one."""
+    problems = []
+    for shard in (shard for split in SPLITS for shard in getattr(manifest.splits, split)):
+        for kind, expected in (("tokens", shard.tokens_sha256), ("ends", shard.ends_sha256)):
+            path = folder / f"{shard.name}.{kind}"
+            with open(path, "rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if found != expected:
+                problems.append(f"{path}: SHA-256 should be {expected[:16]}..., found {found[:16]}...")
+    return problems
+
+
+def _damaged(folder: str | os.PathLike[str], problems: list[str]) -> DataError:
+    return DataError(f"{folder} is damaged; copy it again or prepare again:\n  " + "\n  ".join(problems))
 
 
 def verify(folder: str | os.PathLike[str]) -> Manifest:
@@ -266,14 +313,8 @@ def verify(folder: str | os.PathLike[str]) -> Manifest:
     folder = Path(folder)
     manifest = read_manifest(folder)
     open_prepared(folder, load_tokenizer(folder))
-    problems = []
+    problems = _wrong_sums(folder, manifest)
     for shard in (shard for split in SPLITS for shard in getattr(manifest.splits, split)):
-        for kind, expected in (("tokens", shard.tokens_sha256), ("ends", shard.ends_sha256)):
-            path = folder / f"{shard.name}.{kind}"
-            with open(path, "rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-            if found != expected:
-                problems.append(f"{path}: SHA-256 should be {expected[:16]}..., found {found[:16]}...")
         tokens = np.memmap(folder / f"{shard.name}.tokens", np.dtype(manifest.dtype).newbyteorder("<"), "r")
         ends = np.fromfile(folder / f"{shard.name}.ends", ENDS_DTYPE).astype(np.int64)
         if int(tokens.max()) >= manifest.tokenizer_ids:
@@ -282,5 +323,5 @@ def verify(folder: str | os.PathLike[str]) -> Manifest:
         if np.any(np.diff(ends, prepend=0) < 1) or np.any(last_ids != manifest.end_of_document):
             problems.append(f"{shard.name}.ends: some documents do not end with id {manifest.end_of_document}")
     if problems:
-        raise DataError(f"{folder} is damaged; copy it again or prepare again:\n  " + "\n  ".join(problems))
+        raise _damaged(folder, problems)
     return manifest

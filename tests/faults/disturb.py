@@ -1,6 +1,6 @@
 """Faults done to a training run: kills, a full disk, damaged checkpoints and data, a clock that jumps.
 
-    python tests/faults/disturb.py --kills 100 --log faults.log       # by hand: a quarter of an hour
+    python tests/faults/disturb.py --kills 100 --log faults.log       # by hand: 40 minutes on two cores
 
 A small run is trained once with nothing disturbing it. Then the same run suffers; each time the same command goes on, or says
 in one line which file is wrong and which step is the last good one. In the end every step must have measured what it measured
