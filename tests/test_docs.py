@@ -148,7 +148,9 @@ COMMANDS: dict[str, Run | Serve | Check] = {
     "python -m experiments.learning data/small --output runs/tiny --tiny --steps 20": (
         Check("test_experiments.py trains such models, for a minute")
     ),
-    "python -m experiments.learning data/corpus --devices 4": Check("needs GPUs; test_experiments.py trains tiny models"),
+    "python -m experiments.learning data/corpus --devices 4 --metrics experiments/metrics/learning.json": Check(
+        "needs GPUs; test_experiments.py trains tiny models"
+    ),
     "python -m bm_jax.plan blackmamba_340m_1p5b --topology v5e:16x16 --mesh data=32,expert=8 --run.remat full "
     "--programs train": Check("test_plan.py compiles it, for a minute"),
     "python -m bm_jax.plan blackmamba_340m_1p5b --topology h100:8 --mesh fsdp=8 --data.batch-size 64 --programs train": Run(),
