@@ -33,7 +33,8 @@ from bm_jax.config import (
     OptimizerConfig,
     RunConfig,
 )
-from bm_jax.data import bundled, prepare
+from bm_jax.data import bundled, open_data, prepare
+from bm_jax.data.watch import DataWatch
 from bm_jax.loss import next_token_loss
 from bm_jax.metrics import read_metrics
 from bm_jax.optimizer import decay_mask, learning_rate, make_optimizer
@@ -419,10 +420,12 @@ def test_a_profile_of_some_steps_is_written(tmp_path):
 
 def test_too_many_non_finite_steps_stop_the_run(tmp_path):
     config = dataclasses.replace(
-        at(tmp_path, max_nonfinite_steps=3), optimizer=OptimizerConfig(learning_rate=1e30, warmup_steps=0, clip_norm=1e30)
+        at(tmp_path, max_nonfinite_steps=3, rewinds=2),
+        optimizer=OptimizerConfig(learning_rate=1e30, warmup_steps=0, clip_norm=1e30),
     )
-    with pytest.raises(NonFiniteError, match="3 steps in a row"):
+    with pytest.raises(NonFiniteError, match="3 steps in a row") as error:
         fit(config)
+    assert any("no checkpoint to go back to" in note for note in error.value.__notes__)
     assert [row["skipped"] for row in read_metrics(tmp_path)][-3:] == [1, 2, 3]
     assert isinstance(json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["objective"], str)
 
@@ -433,73 +436,75 @@ def diverging(directory: Path, **run) -> Config:
     return dataclasses.replace(at(directory, **run), optimizer=optimizer)
 
 
-def test_a_divergence_pushes_no_good_checkpoint_out(tmp_path):
-    fit(at(tmp_path, steps=10, checkpoint_every=5))
+@pytest.mark.slow
+def test_a_divergence_pushes_no_good_checkpoint_out(whole, tmp_path):
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     with pytest.raises(NonFiniteError) as error:
-        fit(diverging(tmp_path, checkpoint_every=2, keep_last=2, max_nonfinite_steps=5))
-    steps = Checkpoints(tmp_path / "checkpoints", keep_last=2).steps()
-    assert steps == [5, 10]
-    assert error.value.__notes__[0].startswith("The last good step is 10")
-    assert "--resume-from 5" in error.value.__notes__[1]
-    assert fit(at(tmp_path, steps=15, checkpoint_every=5)).finished
+        fit(diverging(tmp_path, steps=60, checkpoint_every=2, keep_last=2, max_nonfinite_steps=5))
+    assert Checkpoints(tmp_path / "checkpoints", keep_last=2).steps() == [30, 40]
+    assert error.value.__notes__[0].startswith("The last good step is 40")
+    assert "--resume-from 30" in error.value.__notes__[1]
 
 
-def test_after_steps_without_an_update_the_save_that_was_due_is_made_up_for(tmp_path):
+@pytest.mark.slow
+def test_after_steps_without_an_update_the_save_that_was_due_is_made_up_for(whole, tmp_path):
     """Half of the gradients are too large: what is saved has learned from its own step."""
-    fit(at(tmp_path, steps=5))
-    plain = dataclasses.replace(at(tmp_path / "other", steps=40, checkpoint_every=1, keep_last=50, max_nonfinite_steps=40))
-    limit = float(np.median([row["grad_norm"] for row in read_metrics(tmp_path)]))
+    limit = float(np.median([row["grad_norm"] for row in read_metrics(whole)[:5]]))
+    plain = at(tmp_path, steps=20, checkpoint_every=1, keep_last=50, max_nonfinite_steps=40)
     fit(dataclasses.replace(plain, optimizer=dataclasses.replace(plain.optimizer, skip_norm_above=limit)))
-    skipped = [0, *(row["skipped"] for row in read_metrics(tmp_path / "other"))]
-    learned = [step for step in range(1, 41) if skipped[step] == skipped[step - 1]]
-    assert 0 < len(learned) < 40
-    assert Checkpoints(tmp_path / "other/checkpoints", keep_last=50).steps() == sorted({*learned, 40})
+    skipped = [0, *(row["skipped"] for row in read_metrics(tmp_path))]
+    learned = [step for step in range(1, 21) if skipped[step] == skipped[step - 1]]
+    assert 0 < len(learned) < 20
+    assert Checkpoints(tmp_path / "checkpoints", keep_last=50).steps() == sorted({*learned, 20})
 
 
-def test_a_checkpoint_after_which_nothing_is_finite_is_gone_back_behind(tmp_path):
-    fit(at(tmp_path, steps=10))
+@pytest.mark.slow
+def test_a_checkpoint_after_which_nothing_is_finite_is_gone_back_behind(whole, tmp_path):
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     with pytest.raises(NonFiniteError):
-        fit(diverging(tmp_path, checkpoint_every=1, keep_last=5, max_nonfinite_steps=3, rewinds=2))
+        fit(diverging(tmp_path, steps=60, checkpoint_every=1, keep_last=5, max_nonfinite_steps=3, rewinds=2))
     skipped = [json.loads(line) for line in (tmp_path / "skipped_data.jsonl").read_text().splitlines()]
-    assert [line["back_to_step"] for line in skipped] == [11, 10]  # step 11 is the one whose update ruins all
-
-
-def test_a_run_without_a_checkpoint_says_that_it_could_not_go_back(tmp_path):
-    with pytest.raises(NonFiniteError) as error:
-        fit(limited(tmp_path, max_nonfinite_steps=3, rewinds=2))
-    assert any("no checkpoint to go back to" in note for note in error.value.__notes__)
+    assert [line["back_to_step"] for line in skipped] == [41, 40]  # step 41 is the one whose update ruins all
 
 
 def test_bits_that_rot_under_an_old_time_of_change_are_noticed(tmp_path):
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": f"document {i}. " * 20}) for i in range(200)))
     prepare([tmp_path / "a.jsonl"], tmp_path / "data", validation_fraction=0.1, progress=False)
-    data = dataclasses.replace(TINY.data, sources=(str(tmp_path / "data"),))
-
-    def config(steps):
-        return dataclasses.replace(at(tmp_path / "run", steps=steps), data=data)
-
-    fit(config(10))
+    files = open_data(dataclasses.replace(TINY.data, sources=(str(tmp_path / "data"),)), 264).files()
     shard = tmp_path / "data/train-00000.tokens"
-    times = shard.stat()
-    contents = bytearray(shard.read_bytes())
+    assert shard in files
+    DataWatch(files, tmp_path).begin()
+    times, contents = shard.stat(), bytearray(shard.read_bytes())
     contents[::64] = bytes(byte ^ 1 for byte in contents[::64])
     shard.write_bytes(contents)
     os.utime(shard, ns=(times.st_atime_ns, times.st_mtime_ns))
-    with pytest.raises(ConfigError, match=r"train-00000\.tokens: SHA-256 should be") as error:
-        fit(config(20))
-    assert error.value.__notes__ == ["The last good step is 10; run again with the same command once this is fixed."]
+    watch = DataWatch(files, tmp_path)
+    watch.begin()
+
+    def look():
+        for _ in range(600):
+            watch.check()
+            time.sleep(0.1)
+
+    with pytest.raises(ConfigError, match=r"train-00000\.tokens: SHA-256 should be"):
+        look()
 
 
 def test_changed_plays_are_noticed_and_a_new_time_of_change_is_not(tmp_path, monkeypatch):
     plays = shutil.copytree(bundled.FOLDER, tmp_path / "plays")
     monkeypatch.setattr(bundled, "FOLDER", plays)
-    fit(at(tmp_path / "run", steps=10))
-    first = sorted(plays.glob("*.txt"))[0]
+    files = open_data(TINY.data, 264).files()
+    first = min(plays.glob("*.txt"))
+    assert first in files
+    watch = DataWatch(files, tmp_path)
+    watch.begin()
     os.utime(first)
-    fit(at(tmp_path / "run", steps=11))
+    watch.check()
+    DataWatch(files, tmp_path).begin()
     first.write_text("Another line.\n" + first.read_text())
-    with pytest.raises(ConfigError, match=f"{first.name} is not the file that this run began with"):
-        fit(at(tmp_path / "run", steps=12))
+    for look in (watch.check, DataWatch(files, tmp_path).begin):
+        with pytest.raises(ConfigError, match=f"{first.name} is not the file that this run began with"):
+            look()
 
 
 @pytest.mark.parametrize("record", ["", "{garbage", "[]", '{"a": 1}'])
@@ -511,6 +516,7 @@ def test_a_damaged_record_of_the_data_is_named(whole, tmp_path, record):
     assert error.value.__notes__[0].startswith("The last good step is 40")
 
 
+@pytest.mark.slow
 def test_a_failed_save_ends_the_run_before_the_next_one(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints/100").write_text("in the way")
