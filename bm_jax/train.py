@@ -167,6 +167,7 @@ class Run:
         self.last_state: TrainState | None = None
         self.input_seconds = 0.0
         self.interrupted_by: int | None = None
+        self.first_skipped = 0  # of the steps skipped in a row, or the next step
 
     def start(self, checkpoints: Checkpoints, step: int | None = None) -> tuple[TrainState, dict[str, Any] | None]:
         """The state to go on from and the data position, from the checkpoint of `step`, the newest one, or the start."""
@@ -228,10 +229,10 @@ class Run:
                     raise
                 # Where no step after a checkpoint was good, with other data as well, the checkpoint is to blame.
                 to_blame = steps[-1] == gone_back_to and self.first_skipped == steps[-1] + 1 and len(steps) > 1
-                gone_back_to, reason = steps[-2 if to_blame else -1], str(error)
+                target, reason = steps[-2] if to_blame else None, str(error)
             rewinds -= 1
             jax.tree.map(lambda leaf: leaf.delete(), self.last_state)  # no room for both may be left
-            state, position = self.start(checkpoints, gone_back_to if to_blame else None)
+            state, position = self.start(checkpoints, target)
             gone_back_to = int(state.step)
             state = dataclasses.replace(
                 state, skipped_in_row=jnp.zeros_like(state.skipped_in_row)
