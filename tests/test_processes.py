@@ -18,6 +18,8 @@ from bm_jax.launch import free_port
 from bm_jax.metrics import read_metrics
 from bm_jax.processes import VARIABLES, connect, in_a_cluster
 
+pytestmark = pytest.mark.alone
+
 ROOT = Path(__file__).resolve().parent.parent
 FLAGS = (
     "--model.repeats 2 --model.width 32 --model.mamba.state-size 4 --model.moe.experts 4 --model.moe.width 32 "

@@ -14,6 +14,8 @@ from bm_jax.metrics import read_metrics
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from disturb import Run, prepare, suffer
 
+pytestmark = pytest.mark.alone
+
 
 @pytest.mark.slow
 def test_nothing_is_lost(tmp_path):
