@@ -199,6 +199,7 @@ def test_a_context_is_read_as_the_library_reads_it(script):
     assert read is None, "the budget is looked at within a reading, too"
 
 
+@pytest.mark.slow
 def test_the_context_length_benchmark_runs(script, tmp_path, monkeypatch, capsys):
     context_length, path = script("context_length"), tmp_path / "context.json"
     small = {"shrink": 32, "piece": 16, "attention_piece": 8, "lengths": (16, 48), "attention_lengths": (16, 32), "repeats": 1}

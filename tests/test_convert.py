@@ -537,6 +537,7 @@ def test_a_tied_copy_must_be_the_embedding(tmp_path):
         import_checkpoint(source, tmp_path / "model")
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path, capsys):
     format, layout, fields = CASES["hf-jamba"]
     source = write(tmp_path / "source", format, fields, make_tensors(format, layout, fields))
@@ -778,6 +779,7 @@ def test_a_command_that_is_told_to_end_leaves_nothing(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 
 
+@pytest.mark.slow
 def test_training_starts_from_an_imported_model(tmp_path):
     """Its configuration, tokenizer and parameters; what it was imported from is compared with the first step's loss."""
     import train

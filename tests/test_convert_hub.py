@@ -73,6 +73,7 @@ def convert(environment, *arguments):
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_by_name_and_revision(hub, tmp_path):
     environment, asked = hub
     done = convert(environment, "import", "owner/tiny", tmp_path / "model", "--revision", "v1")

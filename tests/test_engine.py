@@ -83,6 +83,7 @@ def idle(engine):
     return now
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", FAMILIES, ids="-".join)
 def test_many_at_once_get_what_each_gets_alone(layers):
     model = tiny_model(tiny_config(layers))

@@ -68,6 +68,7 @@ def uniform_model(layers=("mamba",), **values):
 # --- scores ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("layers", "weights"), [*((layers, None) for layers in FAMILIES), (("mamba", "moe"), "int8")])
 def test_scores_are_those_of_the_logits(layers, weights, monkeypatch):
     monkeypatch.setattr(scoring, "PIECE", 64)  # so that rows are read in several pieces

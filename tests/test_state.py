@@ -102,6 +102,7 @@ def test_a_state_is_what_the_prompt_was(family):
     assert later.fork([0, 0]).seen.shape == (2, 260)
 
 
+@pytest.mark.slow
 def test_generating_from_a_state_is_generating_from_the_prompt(family):
     prompts = [TEXT, "short", TEXT[:33]]
     read = family.prefill(prompts)

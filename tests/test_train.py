@@ -121,6 +121,7 @@ def test_a_run_reports_what_it_should(whole):
     assert list((whole / "tensorboard").iterdir())
 
 
+@pytest.mark.slow
 def test_reported_losses_use_inference_routing(whole, tmp_path):
     """The first reported loss is that of the parameters before step 3 on batch 3, routed as in inference."""
     from bm_jax.data.pipeline import open_data
@@ -295,6 +296,7 @@ def assert_close(tree, other, rtol: float) -> None:
         np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * float(np.abs(b).max()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("router", ["topk", "switch"])
 def test_accumulation_equals_one_batch(router):
     """Routers that look at one token at a time: Sinkhorn and the balance loss depend on what is in a microbatch."""
@@ -335,6 +337,7 @@ def test_muon_takes_the_matrices_of_every_kind_of_layer():
     }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", [{"name": "muon"}, {"first_moment_dtype": "bfloat16"}])
 def test_other_optimizers_train_and_continue(tmp_path, optimizer):
     """Both lower the loss, and a run of them goes on from a checkpoint bit for bit."""
@@ -352,6 +355,7 @@ def test_other_optimizers_train_and_continue(tmp_path, optimizer):
     assert rows[-1]["objective"] < rows[0]["objective"] - 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["dots", "full"])
 def test_remat_changes_nothing(remat):
     other = dataclasses.replace(TINY, run=dataclasses.replace(TINY.run, remat=remat))
@@ -382,6 +386,7 @@ def limited(directory: Path, **run) -> Config:
     return dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, skip_norm_above=1e-9))
 
 
+@pytest.mark.slow
 def test_a_run_goes_back_and_leaves_out_data_as_often_as_it_may(tmp_path):
     fit(at(tmp_path, steps=10))
     checkpoints = Checkpoints(tmp_path / "checkpoints", keep_last=2)
@@ -403,6 +408,7 @@ def test_a_run_goes_back_and_leaves_out_data_as_often_as_it_may(tmp_path):
     assert rows[-1]["skipped"] == 0
 
 
+@pytest.mark.slow
 def test_a_run_resumed_from_an_earlier_step_trains_as_before(whole, tmp_path):
     fit(at(tmp_path, keep_last=5))
     fit(at(tmp_path, keep_last=5), resume_from=20)
@@ -413,6 +419,7 @@ def test_a_run_resumed_from_an_earlier_step_trains_as_before(whole, tmp_path):
         fit(at(tmp_path), resume_from=15)
 
 
+@pytest.mark.slow
 def test_a_profile_of_some_steps_is_written(tmp_path):
     fit(at(tmp_path, steps=8, profile_steps=2))
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))

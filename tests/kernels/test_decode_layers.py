@@ -31,6 +31,7 @@ def tiny(layers=("mamba", "moe"), activation="geglu", **moe):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "batch"),
     [
