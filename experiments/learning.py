@@ -3,13 +3,13 @@
     python -m experiments.learning data/corpus --output runs/learning --devices 4        # GPUs of one host
     python -m experiments.learning data/small --output runs/tiny --tiny --steps 20       # bytes, a CPU, models of no use
 
-`data/corpus` is a folder made by `python -m bm_jax.data prepare` with GPT-NeoX's tokenizer. First each system tries three
-learning rates in short runs, and half or twice the best while that is the lowest or highest of them, and keeps its best. Then
-all are trained on the same number of tokens: BlackMamba and Mamba with two seeds, and BlackMamba also with other numbers of
-experts and other routers, at BlackMamba's rate. Each run is a process on one device, of those in `CUDA_VISIBLE_DEVICES` where
-that is set; what is done is kept in `--output`, so the same command goes on where it stopped; with other data or settings it
-wants another `--output`. A learning rate with which a system diverges counts as the worst. At the end everything measured is
-written to `--metrics`, which figures are drawn from, and the table is printed.
+`data/corpus` is a folder made by `python -m bm_jax.data prepare` with GPT-NeoX's tokenizer. All runs read the same number of
+tokens. First each system tries three learning rates, and half or twice the best while that is the lowest or highest of them:
+in whole runs, since short ones may favour another rate. At its best rate each is compared: BlackMamba and Mamba with a second
+seed, and BlackMamba also with other numbers of experts and other routers. Each run is a process on one device, of those in
+`CUDA_VISIBLE_DEVICES` where that is set; what is done is kept in `--output`, so the same command goes on where it stopped; with
+other data or settings it wants another `--output`. A learning rate with which a system diverges counts as the worst. At the end
+everything measured is written to `--metrics`, which figures are drawn from, and the table is printed.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Options:
     metrics: Path | None = None
     """JSON file of all results; `learning.json` in `output` if None."""
     steps: int = 2000
-    """Of a whole run: at 32 windows of 1,024 tokens, 66 M tokens. A sixth of them is taken with each learning rate tried."""
+    """Of each run: at 32 windows of 1,024 tokens, 66 M tokens."""
     rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
     """Learning rates that each system tries first; one alone is not tried, but taken."""
     widen: int = 3
@@ -57,7 +57,7 @@ class Options:
     devices: int = 1
     """Runs that train at once, each on a GPU of its own where there are GPUs; as many more compile meanwhile."""
     keep: bool = False
-    """Keep the checkpoints of the chosen runs with the first seed."""
+    """Keep the checkpoints of the runs with the first seed at the rates chosen."""
     sequence_length: int = 1024
     batch_size: int = 32
     tiny: bool = False
@@ -88,7 +88,10 @@ def main(options: Options) -> None:
     except OSError as error:
         raise SystemExit(f"{error.filename}: {error.strerror}; give another folder") from None
     tried, chosen = choose_rates(options, [name for name in options.systems if name in SYSTEMS])
-    runs = run_all([plan for name in options.systems for plan in whole_runs(options, name, chosen)], options)
+    for one in tried:
+        if one["plan"]["learning_rate"] != chosen[one["plan"]["system"]]:
+            forget(str(Path(options.output) / one["plan"]["directory"]))
+    runs = run_all([plan for name in options.systems for plan in compared_runs(options, name, chosen)], options)
     diverged = [one["plan"]["directory"] for one in runs if "diverged" in one]
     if diverged:
         remedy = "give lower --rates, or leave the system out of --systems"
@@ -117,25 +120,23 @@ def check(options: Options) -> None:
         raise SystemExit(f"--systems: there is no {', '.join(unknown)}; there are {', '.join(SYSTEMS | VARIANTS)}")
     ids = read_manifest(options.data).tokenizer_ids
     for name, rate in itertools.product(options.systems, options.rates):
-        most = config_of(whole_runs(options, name, dict.fromkeys(options.systems, rate))[0]).model.vocab_size
+        most = config_of(compared_runs(options, name, dict.fromkeys(options.systems, rate))[0]).model.vocab_size
         if ids > most:
             remedy = "tiny models read bytes, prepared without --tokenizer" if options.tiny else "take a smaller tokenizer"
             raise SystemExit(f"{options.data} has {ids:,} token ids, {name} only {most:,}: {remedy}")
 
 
 def choose_rates(options: Options, names: Sequence[str]) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """The results of short runs, and each system's best learning rate: between two that are worse, where `widen` allows it."""
+    """The results of all rates tried, and each system's best: between two that are worse, where `widen` allows it."""
     if len(options.rates) == 1:
         return [], dict.fromkeys(names, options.rates[0])
-    steps = max(1, options.steps // 6)
     rates = {name: sorted(options.rates) for name in names}
     tried: list[dict[str, Any]] = []
     chosen: dict[str, float] = {}
     edges: dict[str, float] = {}
     best: dict[str, dict[str, Any]] = {}
     for left in range(options.widen if names else -1, -1, -1):
-        plans = [plan_of(options, name, options.seeds[0], rate, steps) for name in names for rate in rates[name]]
-        tried = run_all([dataclasses.replace(plan, snapshots=1) for plan in plans], options)
+        tried = run_all([plan_of(options, name, options.seeds[0], rate) for name in names for rate in rates[name]], options)
         best = {name: min((one for one in tried if one["plan"]["system"] == name), key=final) for name in names}
         chosen = {name: one["plan"]["learning_rate"] for name, one in best.items()}
         edges = {name: rate for name in names if (rate := beyond_edge(rates[name], chosen[name]))}
@@ -154,19 +155,19 @@ def beyond_edge(rates: Sequence[float], best: float) -> float | None:
     return {min(rates): best / 2, max(rates): best * 2}.get(best)
 
 
-def whole_runs(options: Options, name: str, chosen: dict[str, float]) -> list[Plan]:
-    """The runs that count."""
+def compared_runs(options: Options, name: str, chosen: dict[str, float]) -> list[Plan]:
+    """A system's runs at its rate."""
     if name in VARIANTS and "blackmamba" not in chosen:
         raise SystemExit(f"--systems: {name} takes the learning rate of blackmamba, which is not among them")
     seeds = options.seeds if name in ("blackmamba", "mamba") else options.seeds[:1]
-    return [plan_of(options, name, seed, chosen.get(name, chosen.get("blackmamba", 0.0)), options.steps) for seed in seeds]
+    return [plan_of(options, name, seed, chosen.get(name, chosen.get("blackmamba", 0.0))) for seed in seeds]
 
 
-def plan_of(options: Options, name: str, seed: int, rate: float, steps: int) -> Plan:
+def plan_of(options: Options, name: str, seed: int, rate: float) -> Plan:
     """One run."""
-    directory = f"{name}-{rate:g}-seed{seed}-{steps}"
+    directory = f"{name}-{rate:g}-seed{seed}-{options.steps}"
     return Plan(
-        name, seed, rate, steps, str(Path(options.data).resolve()), str(Path(options.output).resolve() / directory),
+        name, seed, rate, options.steps, str(Path(options.data).resolve()), str(Path(options.output).resolve() / directory),
         sequence_length=options.sequence_length, batch_size=options.batch_size, tiny=options.tiny,
         fingerprint=fingerprint(options.data), model=digest((SYSTEMS | VARIANTS)[name]),
     )  # fmt: skip
@@ -225,9 +226,8 @@ def run_all(plans: Sequence[Plan], options: Options) -> list[dict[str, Any]]:
             assert result is not None, "a process that ends well has written its result"
             said = "diverged" if "diverged" in result else f"{final(result):.4f} bits per byte"
             print(f"{Path(plan.directory).name}: {said}", flush=True)
-        kept = options.keep and plan.seed == options.seeds[0] and plan.steps == options.steps
-        if not kept:
-            shutil.rmtree(Path(plan.directory) / "checkpoints", ignore_errors=True)
+        if not (options.keep and plan.seed == options.seeds[0]):
+            forget(plan.directory)
         return result
 
     for plan in plans:
@@ -239,6 +239,11 @@ def run_all(plans: Sequence[Plan], options: Options) -> list[dict[str, Any]]:
     if failed:
         raise SystemExit("\n".join(failed))
     return [one for one in results if not isinstance(one, str)]
+
+
+def forget(directory: str) -> None:
+    """Delete the checkpoints of a run that is at its end."""
+    shutil.rmtree(Path(directory) / "checkpoints", ignore_errors=True)
 
 
 def final(result: dict[str, Any]) -> float:

@@ -86,7 +86,7 @@ def test_learning_goes_on_where_it_stopped(data, tmp_path, capsys, monkeypatch):
 def test_a_run_that_fails_is_named_with_its_log(data, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
     options = learning.Options(str(data), output=str(tmp_path), sequence_length=32, batch_size=4, tiny=True)
-    plan = dataclasses.replace(learning.plan_of(options, "mamba", 0, 1e-3, 4), data=str(tmp_path / "nowhere"))
+    plan = dataclasses.replace(learning.plan_of(options, "mamba", 0, 1e-3), data=str(tmp_path / "nowhere"))
     with pytest.raises(SystemExit, match=r"mamba with rate 0.001 and seed 0 failed: see .*\.log"):
         learning.run_all([plan], options)
     assert "nowhere" in Path(f"{plan.directory}.log").read_text()
@@ -106,7 +106,7 @@ def keep_result(plan, *ends):
 
 def test_kept_results_are_those_of_the_same_data_and_settings(data, tmp_path, monkeypatch):
     options = tiny_options(data, tmp_path)
-    plan = learning.plan_of(options, "mamba", 0, 1e-3, 4)
+    plan = learning.plan_of(options, "mamba", 0, 1e-3)
     keep_result(plan, 3.0, 2.0)
     moved = tmp_path / "elsewhere" / data.name
     shutil.copytree(data, moved)
@@ -135,19 +135,30 @@ def test_kept_results_are_those_of_the_same_data_and_settings(data, tmp_path, mo
 def test_results_of_a_part_do_not_replace_those_that_are_kept(data, tmp_path):
     assert learning.Options(str(data), output="x").as_meant().metrics == Path("x/learning.json")
     options = tiny_options(data, tmp_path, metrics=tmp_path / "new" / "all.json")
-    keep_result(learning.plan_of(options, "mamba", 0, 1e-3, 4), 2.0)
+    keep_result(learning.plan_of(options, "mamba", 0, 1e-3), 2.0)
     learning.main(options)
     assert json.loads(options.metrics.read_text())["runs"][0]["plan"]["system"] == "mamba"
     assert not (tmp_path / "learning.json").exists()
+
+
+def test_checkpoints_of_rates_not_chosen_are_not_kept(data, tmp_path):
+    for keep in (True, False):
+        options = tiny_options(data, tmp_path / f"{keep}", rates=(1e-3, 2e-3), widen=0, keep=keep)
+        for rate, end in ((1e-3, 3.0), (2e-3, 2.0)):
+            plan = learning.plan_of(options, "mamba", 0, rate)
+            (Path(plan.directory) / "checkpoints").mkdir(parents=True)
+            keep_result(plan, end)
+        learning.main(options)
+        left = [path.parent.name for path in Path(options.output).glob("*/checkpoints")]
+        assert left == (["mamba-0.002-seed0-4"] if keep else [])
 
 
 def test_a_rate_that_diverges_is_the_worst(data, tmp_path, capsys, monkeypatch):
     """The run of the rate 1e30 is real."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-    options = tiny_options(data, tmp_path, steps=60, rates=(1e-3, 1e30), widen=0)
-    keep_result(dataclasses.replace(learning.plan_of(options, "mamba", 0, 1e-3, 10), snapshots=1), 2.0)
-    keep_result(learning.plan_of(options, "mamba", 0, 1e-3, 60), 1.0)
+    options = tiny_options(data, tmp_path, steps=10, rates=(1e-3, 1e30), widen=0)
+    keep_result(learning.plan_of(options, "mamba", 0, 1e-3), 2.0)
     learning.main(options)
     said = capsys.readouterr().out
     assert "mamba-1e+30-seed0-10: diverged" in said
@@ -161,18 +172,17 @@ def test_a_rate_that_diverges_is_the_worst(data, tmp_path, capsys, monkeypatch):
 def test_runs_that_diverge_are_errors(data, tmp_path):
     options = tiny_options(data, tmp_path)
     rows = [{"step": 2, "validation_loss": 3.0}, {"step": 4, "validation_loss": float("nan")}]
-    for steps, rates in ((4, (1e-3,)), (24, (2e-3, 4e-3))):
+    for rates, wanted in (
+        ((1e-3,), "mamba-0.001-seed0-4 diverged"),
+        ((2e-3, 4e-3), "mamba diverged with each learning rate it tried, the lowest"),
+    ):
         for rate in rates:
-            plan = learning.plan_of(options, "mamba", 0, rate, 4)
-            plan = dataclasses.replace(plan, snapshots=1) if len(rates) > 1 else plan
+            plan = learning.plan_of(options, "mamba", 0, rate)
             result = one_run.measured(plan, rows)
             assert result["diverged"] == "the held-out loss of step 4 is nan"
             Path(f"{plan.directory}.json").write_text(json.dumps(result, allow_nan=False))
-        wanted = (
-            "mamba-0.001-seed0-4 diverged" if len(rates) == 1 else "mamba diverged with each learning rate it tried, the lowest"
-        )
         with pytest.raises(SystemExit, match=f"{wanted}.*give lower --rates"):
-            learning.main(dataclasses.replace(options, steps=steps, rates=rates, widen=0))
+            learning.main(dataclasses.replace(options, rates=rates, widen=0))
 
 
 @pytest.mark.parametrize(
@@ -225,7 +235,7 @@ def test_the_best_rate_is_between_two_that_are_worse(data, monkeypatch, capsys):
     assert chosen == best
     rates = {name: [one["plan"]["learning_rate"] for one in tried if one["plan"]["system"] == name] for name in best}
     assert rates == {"mamba": [0.25e-3, 0.5e-3, 1e-3, 2e-3, 4e-3], "blackmamba": [1e-3, 2e-3, 4e-3]}
-    assert {one["plan"]["steps"] for one in tried} == {learning.Options.steps // 6}
+    assert {one["plan"]["steps"] for one in tried} == {learning.Options.steps}
     assert "edge" not in capsys.readouterr().out
     _, chosen = learning.choose_rates(learning.Options(str(data), widen=0), list(best))
     assert chosen == {"mamba": 1e-3, "blackmamba": 2e-3}
@@ -243,7 +253,7 @@ def test_systems_that_there_are_not(data):
     with pytest.raises(SystemExit, match="there is no rwkv; there are blackmamba, mamba"):
         learning.main(learning.Options(str(data), systems=("rwkv",)))
     with pytest.raises(SystemExit, match="blackmamba_switch takes the learning rate of blackmamba"):
-        learning.whole_runs(learning.Options(str(data)), "blackmamba_switch", {"mamba": 1e-3})
+        learning.compared_runs(learning.Options(str(data)), "blackmamba_switch", {"mamba": 1e-3})
 
 
 def test_plans_become_the_configurations_that_they_say(data):

@@ -116,7 +116,7 @@ FIGURES = {
     "scan_floors": (scan_floors, {"metrics": SCAN_LOG, "peer": PEER}),
 }
 STORED_TEXTS = {
-    "expert_specialisation": ["default; 65,536 tokens of held-out plays", "MoE layer", "\u2423", "\u21b5"],
+    "expert_specialisation": ["BlackMamba with 8 experts", "65,536 tokens of its held-out text", "MoE layer", "\u2423"],
     "generation_time": [
         "BlackMamba 8.94 s",
         "Transformer-MoE 40.5 s",
@@ -127,12 +127,16 @@ STORED_TEXTS = {
     ],
     "context_length": [
         "BlackMamba 2.36 MiB",
-        "Transformer 94.2 s at 256k",
+        "Transformer 96.8 s at 256k",
+        "Jamba 113 s",
+        "1,000 s",
         "tokens read",
-        "NVIDIA H100",
-        "1048576 tokens do not fit",
+        "NVIDIA H200",
+        "1048576 tokens were not read: the budget of 300 s was spent",
     ],
-    "loss_against_flops": ["BlackMamba 1.175", "Mamba 1.126", "MoE-Mamba 1.141", "65.5 M tokens", "NVIDIA H100"],
+    "loss_against_flops": ["BlackMamba 1.176", "Mamba 1.125", "MoE-Mamba 1.129", "65.5 M tokens", "NVIDIA H200"],
+    "expert_counts": ["BlackMamba 1.214", "Mamba, dense 1.125", "Sinkhorn 1.176", "switch with loss 1.186"],
+    "expert_balance": ["layer 0: 1.05", "layer 1: 3.09", "layer 4: 1.21", "layer 5: 5.52", "worst of 2 seeds"],
     "sinkhorn_convergence": ["centred, 512 tokens", "plain, 16,384 tokens", "iterations", "0.8%", "4.3%", "goal: at most 2%"],
     "scan_floors": ["pallas_gpu", "triton_gpu", "mamba_ssm", "0.346", "0.738", "28.7", "1 x 65,536 x 2,304", "floor"],
 }

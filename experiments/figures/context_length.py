@@ -102,7 +102,9 @@ def size_text(size: float) -> str:
 
 def seconds_text(seconds: float) -> str:
     """Seconds, or milliseconds below one."""
-    return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
+    if seconds < 1:
+        return f"{1e3 * seconds:.3g} ms"
+    return f"{seconds:.3g} s" if seconds < 1000 else f"{seconds:,.0f} s"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
