@@ -178,9 +178,12 @@ def test_sinkhorn_balances_all_tokens_or_those_of_each_part(run_with_devices):
 @pytest.mark.parametrize(
     ("name", "meshes"),
     [
-        *((name, "each axis alone, and any three") for name in MODELS),
-        ("blackmamba", "4 x 2"),
+        ("blackmamba", "each axis alone, and any three"),
+        ("transformer_moe", "each axis alone, and any three"),
+        pytest.param("blackmamba", "4 x 2", marks=pytest.mark.long),
         pytest.param("blackmamba", "2 x 4", marks=pytest.mark.long),
+        pytest.param("moe_mamba", "each axis alone, and any three", marks=pytest.mark.long),
+        pytest.param("jamba", "each axis alone, and any three", marks=pytest.mark.long),
     ],
 )
 def test_meshes_of_eight_give_the_loss_and_gradients_of_one_device(name, meshes, run_with_devices):
@@ -188,13 +191,13 @@ def test_meshes_of_eight_give_the_loss_and_gradients_of_one_device(name, meshes,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float64", pytest.param("bfloat16", marks=pytest.mark.long)])
 def test_any_load_gives_what_one_device_gives(dtype, run_with_devices):
     in_eight_devices(run_with_devices, "test_expert_parallel", f"check_loads({dtype!r}, 'padded')")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float64", pytest.param("bfloat16", marks=pytest.mark.long)])
 def test_any_load_gives_what_one_device_gives_by_the_ragged_exchange(dtype, run_with_devices):
     in_eight_devices(run_with_devices, "test_expert_parallel", f"check_ragged_loads({dtype!r})")
 

@@ -441,8 +441,8 @@ GUARDS = [
     pytest.param("blackmamba_340m_1p5b", "v6e:16x16", MeshConfig(32, expert=8), marks=pytest.mark.long),
     pytest.param("blackmamba_340m_1p5b", "v5p:4x4x4", MeshConfig(2, 32), marks=pytest.mark.long),
     pytest.param("blackmamba_630m_2p8b", "v5e:16x16", MeshConfig(8, 32), marks=pytest.mark.long),
-    ("blackmamba_630m_2p8b", "v6e:16x16", MeshConfig(8, 32)),
-    ("blackmamba_630m_2p8b", "v5p:4x4x4", MeshConfig(8, expert=8)),
+    pytest.param("blackmamba_630m_2p8b", "v6e:16x16", MeshConfig(8, 32), marks=pytest.mark.long),
+    pytest.param("blackmamba_630m_2p8b", "v5p:4x4x4", MeshConfig(8, expert=8), marks=pytest.mark.long),
 ]
 
 

@@ -103,6 +103,7 @@ def check_prefill():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_mamba(run_with_devices):
     in_eight_devices(run_with_devices, "test_sequence_parallel", "check_loss('mamba')")
 

@@ -168,7 +168,7 @@ def test_a_damaged_newest_checkpoint_is_set_aside_and_the_run_continues(whole, t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), pytest.param(signal.SIGINT, 130, marks=pytest.mark.long)])
 def test_asked_to_stop_it_saves_and_continues_bit_for_bit(whole, tmp_path, number, status):
     process = start(tmp_path, "--run.checkpoint-every", "1000")
     wait_for_rows(process, tmp_path, 5)

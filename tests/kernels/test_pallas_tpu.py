@@ -96,7 +96,9 @@ for text in sys.argv[2:]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install 'blackmamba-jax[tpu-aot]'")
-@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize(
+    "topology", [TOPOLOGIES[0], *(pytest.param(name, marks=pytest.mark.long) for name in TOPOLOGIES[1:-1]), TOPOLOGIES[-1]]
+)
 def test_compiles_ahead_of_time(topology):
     settings = {
         "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-4",
