@@ -147,6 +147,7 @@ def test_configurations_come_back(preset):
     assert written or preset in ("moe_mamba", "transformer")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES)
 def test_a_round_trip_is_exact(case, dtype, tmp_path):
@@ -767,6 +768,7 @@ def test_a_configuration_of_more_layers_than_tensors(tmp_path):
         import_checkpoint(source, tmp_path / "model")
 
 
+@pytest.mark.slow
 def test_a_command_that_is_told_to_end_leaves_nothing(tmp_path):
     format, layout, fields = "hf-mamba", "plain", HF_MAMBA | {"hidden_size": 1024, "num_hidden_layers": 40}
     source = write(tmp_path / "source", format, fields, make_tensors(format, layout, fields))

@@ -122,6 +122,7 @@ def test_events_add_up_to_the_completion(engine):
     assert all(event.completion is None for event in listener.pieces[:-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", [FAMILIES[0], FAMILIES[-1]], ids="-".join)
 def test_nothing_is_compiled_while_requests_come_and_go(layers):
     with Engine(tiny_model(tiny_config(layers)), slots=3, chunk=16, room=64) as engine:

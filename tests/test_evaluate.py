@@ -87,6 +87,7 @@ def test_scores_are_those_of_the_logits(layers, weights, monkeypatch):
         np.testing.assert_array_equal(found[number].greedy, logits.argmax(-1)[row.first - 1 :] == row.ids[row.first :])
 
 
+@pytest.mark.slow
 def test_the_size_of_a_batch_changes_nothing(model):
     rng = np.random.default_rng(1)
     rows = [Row(rng.integers(0, 257, length).tolist()) for length in rng.integers(2, 40, 9)]

@@ -311,6 +311,7 @@ def test_tokens_of_experts_are_those_that_the_model_sends_there():
         expert_tokens.measure(model, "a b c", tokens=10, rows=8)
 
 
+@pytest.mark.slow
 def test_router_balance_routes_as_training_and_inference_do():
     model = tiny_model(tiny_config(("mamba", "moe")))
     options = router_balance.Options("", tokens=512, rows=4, temperatures=(1.0, 0.1), iterations=(16,))

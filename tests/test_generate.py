@@ -358,6 +358,7 @@ def test_logits_of_one_row_have_no_batch(model):
     np.testing.assert_allclose(found, expected_logits(model, [ids])[0, :21], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("layers", "tied"), [(("mamba", "moe"), True), (("attention", "mlp"), False)])
 def test_casting_once_changes_no_result(layers, tied):
     config = tiny_config(layers, compute_dtype="bfloat16", tie_embeddings=tied, repeats=1)

@@ -198,6 +198,7 @@ def test_packing_padding_and_decoding_after_them(system):
             close(without[row, start:stop], wanted[i, : stop - start])
 
 
+@pytest.mark.slow
 def test_packed_windows_continue_in_a_second_call():
     """A row cut inside a document, and at a boundary, with ids in both calls."""
     config = EVERY_LAYER
@@ -278,6 +279,7 @@ EVERY_KIND = small(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["dots", "full"])
 def test_recomputing_changes_nothing(remat):
     parameters, tokens = parameters_of(EVERY_KIND), tokens_of(0, 2, 6)
@@ -288,6 +290,7 @@ def test_recomputing_changes_nothing(remat):
         close(a, np.asarray(b))
 
 
+@pytest.mark.slow
 def test_what_is_kept_is_not_routed_again():
     """With "dots" the backward pass takes the forward pass's choice; with "full" it balances the experts once more."""
     config, tokens = small("mamba", "moe", moe=MoeConfig(experts=4, width=6)), tokens_of(0, 2, 6)
@@ -486,6 +489,7 @@ def test_one_device_equals_eight(run_with_devices):
     assert run_with_devices(ON_A_MESH).count("agrees") == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("system", ["blackmamba", "jamba"])
 def test_kernels_cast_before_the_loop_change_nothing(system):
     """The values not at all; gradients come in the parameters' own types, rounded like those that the layers cast."""

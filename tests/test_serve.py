@@ -589,6 +589,7 @@ def test_metrics(running):
     assert running.metric("bm_jax_engine_generated_tokens_total") > 0
 
 
+@pytest.mark.slow
 def test_many_clients_get_what_they_get_alone(running):
     """The load test, short; it ends in an error when an answer differs."""
     command = [sys.executable, str(ROOT / "benchmarks" / "serve_load.py"), "--url", running.url]

@@ -46,6 +46,7 @@ def copy(tree):
     return jax.tree.map(np.array, tree)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", [*FAMILIES, ("mamba", "mlp")], ids="-".join)
 def test_padding_on_the_right_changes_nothing(layers, x64):
     """Rows of several lengths fed in pieces, some of them empty in a piece, against each row alone and whole."""

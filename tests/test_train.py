@@ -297,7 +297,7 @@ def assert_close(tree, other, rtol: float) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("router", ["topk", "switch"])
+@pytest.mark.parametrize("router", [pytest.param("topk", marks=pytest.mark.long), "switch"])
 def test_accumulation_equals_one_batch(router):
     """Routers that look at one token at a time: Sinkhorn and the balance loss depend on what is in a microbatch."""
     model = dataclasses.replace(TINY.model, moe=dataclasses.replace(TINY.model.moe, router=router))

@@ -94,6 +94,7 @@ def test_what_it_cannot_run_is_refused():
             decode_layers_gpu(jnp.zeros((1, 72)), {}, good._replace(**change))
 
 
+@pytest.mark.slow
 def test_decoding_by_the_kernel_goes_on_from_the_model_s_cache():
     """The loop of `decode` with the kernel, interpreted on a CPU, against the model fed the same tokens."""
     config = dataclasses.replace(tiny(), compute_dtype="bfloat16")

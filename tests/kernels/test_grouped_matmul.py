@@ -249,6 +249,7 @@ def one_by_one(interpret):
     return run
 
 
+@pytest.mark.slow
 def test_kernels_match_the_loop_in_value_and_gradient(kernel):
     """Rows of no group hold NaN, which must reach nothing."""
     n = np.random.default_rng(0).standard_normal
@@ -267,6 +268,7 @@ def test_kernels_match_the_loop_in_value_and_gradient(kernel):
             assert not np.any(np.asarray(x)[y == 0]), f"{load}: {name} is not exactly zero where nothing is summed"
 
 
+@pytest.mark.slow
 def test_kernels_take_many_rows_and_other_shapes(kernel):
     """More tiles in rows than share a band, one group, rows that are no multiple of anything but 8."""
     if kernel.func is grouped_matmul_tpu:
@@ -280,6 +282,7 @@ def test_kernels_take_many_rows_and_other_shapes(kernel):
         np.testing.assert_allclose(np.asarray(out, np.float64), wanted, rtol=2**-8, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_kernels_repeat_bit_for_bit(kernel):
     n = np.random.default_rng(1).standard_normal
     lhs, rhs = (jnp.asarray(n(shape), jnp.bfloat16) for shape in ((LARGE_ROWS, 64), (2, 64, 128)))

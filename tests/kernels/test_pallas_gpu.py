@@ -99,6 +99,7 @@ def close(got, wanted):
     np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-5 * float(jnp.max(jnp.abs(wanted))))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shift", [-7.0, 2.0])
 @pytest.mark.parametrize("segments", [False, True])
 def test_time_in_chunks_gives_what_one_chunk_gives(shift, segments, monkeypatch):
@@ -132,6 +133,7 @@ def test_the_walk_back_through_a_chunk_ends_early(size, monkeypatch):
     assert counts[12.0] <= blocks * (512 // 16 + (chunks - 1) * 2)
 
 
+@pytest.mark.slow
 def test_narrow_strips_give_what_wide_ones_give(monkeypatch):
     wide = everything(segments=True)
     assert pallas_gpu_work.plan_forward(2, 200, 72, True).strip == 64

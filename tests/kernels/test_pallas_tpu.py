@@ -44,6 +44,7 @@ def gradients(scan, arguments, segments):
     return results, pullback(jax.tree.map(jnp.ones_like, results))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("segmented", [False, True])
 def test_no_races_and_nothing_unwritten_is_read(segmented, monkeypatch):
     """Two chunks of time and two blocks of channels, the last of each partly outside the arrays."""

@@ -208,6 +208,9 @@ RUN_KERNELS = {
 }
 
 
+FEW = ("length 17", "no options")
+"""Cases that every Python runs; the interpreters take seconds for each."""
+
 SLOW_FOR_TRITON = ("every offset of 32", "borders of a long chunk")
 
 
@@ -236,7 +239,9 @@ def implementation(request, monkeypatch):
     [(implementation, dtype, case) for implementation in FORMS for dtype in RUN for case in RUN[dtype]
      # Slow to compile on CPUs, and the other lengths have every kind of last chunk.
      if not (implementation == "xla, accelerators" and case in ("length 2", "length 15", "length 16", "length 32"))]
-    + [(implementation, dtype, case) for implementation in KERNELS for dtype in RUN_KERNELS for case in RUN_KERNELS[dtype]
+    + [pytest.param(implementation, dtype, case,
+                    marks=[] if implementation not in INTERPRETED or case in FEW else [pytest.mark.slow])
+       for implementation in KERNELS for dtype in RUN_KERNELS for case in RUN_KERNELS[dtype]
        # Triton's interpreter is slow, and truncates to bfloat16 where the GPU rounds.
        if not (implementation == "triton_gpu, interpreted" and (dtype == "bfloat16" or case in SLOW_FOR_TRITON))],
     indirect=["implementation"],
