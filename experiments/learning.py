@@ -1,10 +1,11 @@
 """What is learned from the same text: BlackMamba, Mamba, Transformer, Transformer-MoE and MoE-Mamba, at one active size.
 
-    python -m experiments.learning data/corpus --output runs/learning --devices 4        # GPUs of one host
-    python -m experiments.learning data/small --output runs/tiny --tiny --steps 20       # bytes, a CPU, models of no use
+    python -m experiments.learning data/corpus --output runs/learning --devices 4         # GPUs of one host
+    python -m experiments.learning data/bytes --output runs/small --size small --sequence-length 256 --batch-size 16  # a CPU
+    python -m experiments.learning data/bytes --output runs/tiny --size tiny --steps 20   # to see that all works
 
-`data/corpus` is a folder made by `python -m bm_jax.data prepare` with GPT-NeoX's tokenizer. All runs read the same number of
-tokens. First each system tries three learning rates, and half or twice the best while that is the lowest or highest of them:
+`data/corpus` is a folder made by `python -m bm_jax.data prepare` with GPT-NeoX's tokenizer, `data/bytes` one without `--tokenizer`.
+All runs read the same number of tokens. First each system tries three learning rates, and half or twice the best while that is the lowest or highest of them:
 in whole runs, since short ones may favour another rate. At its best rate each is compared: BlackMamba and Mamba with a second
 seed, and BlackMamba also with other numbers of experts and other routers. Each run is a process on one device, of those in
 `CUDA_VISIBLE_DEVICES` where that is set; what is done is kept in `--output`, so the same command goes on where it stopped; with
@@ -33,7 +34,7 @@ import tyro
 from bm_jax.config import ConfigError
 from bm_jax.data.shards import read_manifest, write_durably
 from experiments.one_run import Plan, config_of, digest, fingerprint
-from experiments.systems import SYSTEMS, VARIANTS
+from experiments.systems import SHAPES, SYSTEMS, VARIANTS, Size, model_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,13 +61,14 @@ class Options:
     """Keep the checkpoints of the runs with the first seed at the rates chosen."""
     sequence_length: int = 1024
     batch_size: int = 32
-    tiny: bool = False
-    """Models, windows and batches that a CPU can train in seconds: to see that all works."""
+    size: Size = "full"
+    """Of the models: full, 27 M active parameters; small, 0.13 M, and bytes; tiny, to see that all works."""
 
     def as_meant(self) -> Options:
-        """With what `tiny` makes smaller, and a place for the metrics."""
-        small = {"sequence_length": min(self.sequence_length, 64), "batch_size": min(self.batch_size, 4)} if self.tiny else {}
-        return dataclasses.replace(self, metrics=self.metrics or Path(self.output) / "learning.json", **small)
+        """With a place for the metrics, and tiny models' windows and batches as small as they."""
+        least = {"sequence_length": min(self.sequence_length, 64), "batch_size": min(self.batch_size, 4)}
+        changes = least if self.size == "tiny" else {}
+        return dataclasses.replace(self, metrics=self.metrics or Path(self.output) / "learning.json", **changes)
 
 
 def main(options: Options) -> None:
@@ -122,7 +124,8 @@ def check(options: Options) -> None:
     for name, rate in itertools.product(options.systems, options.rates):
         most = config_of(compared_runs(options, name, dict.fromkeys(options.systems, rate))[0]).model.vocab_size
         if ids > most:
-            remedy = "tiny models read bytes, prepared without --tokenizer" if options.tiny else "take a smaller tokenizer"
+            small = f"{options.size} models read bytes, prepared without --tokenizer"
+            remedy = "take a smaller tokenizer" if options.size == "full" else small
             raise SystemExit(f"{options.data} has {ids:,} token ids, {name} only {most:,}: {remedy}")
 
 
@@ -168,8 +171,9 @@ def plan_of(options: Options, name: str, seed: int, rate: float) -> Plan:
     directory = f"{name}-{rate:g}-seed{seed}-{options.steps}"
     return Plan(
         name, seed, rate, options.steps, str(Path(options.data).resolve()), str(Path(options.output).resolve() / directory),
-        sequence_length=options.sequence_length, batch_size=options.batch_size, tiny=options.tiny,
-        fingerprint=fingerprint(options.data), model=digest((SYSTEMS | VARIANTS)[name]),
+        sequence_length=options.sequence_length, batch_size=options.batch_size,
+        held_out_tokens=SHAPES[options.size].held_out, size=options.size,
+        fingerprint=fingerprint(options.data), model=digest(model_of(name, options.size)),
     )  # fmt: skip
 
 

@@ -26,6 +26,7 @@ import numpy as np
 from bm_jax.config import Config, DataConfig, MeshConfig, OptimizerConfig, RunConfig, from_dict
 from bm_jax.data.shards import open_prepared, read_manifest, write_durably
 from bm_jax.data.tokenizer import load_tokenizer
+from experiments.systems import Size, active_without_embeddings, model_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,11 +45,11 @@ class Plan:
     sequence_length: int = 1024
     batch_size: int = 32
     held_out_tokens: int = 500_000
-    """Of held-out text, about, that each validation reads."""
+    """Of held-out text, about, that each validation reads; at least one batch."""
     snapshots: int = 20
     """How often a run looks at held-out text and at the load of its experts."""
-    tiny: bool = False
-    """A model that a CPU can train in seconds."""
+    size: Size = "full"
+    """Of the model."""
     fingerprint: str = ""
     """Of what the prepared folder holds."""
     model: str = ""
@@ -76,12 +77,9 @@ def digest(value: object) -> str:
 
 def config_of(plan: Plan) -> Config:
     """The whole configuration of a run."""
-    from experiments.systems import SYSTEMS, VARIANTS, tiny
-
-    model = (SYSTEMS | VARIANTS)[plan.system]
     every = max(1, plan.steps // plan.snapshots)
     return Config(
-        model=tiny(model) if plan.tiny else model,
+        model=model_of(plan.system, plan.size),
         data=DataConfig(
             sources=(plan.data,),
             tokenizer=plan.data,
@@ -96,7 +94,7 @@ def config_of(plan: Plan) -> Config:
             steps=plan.steps,
             report_every=every,
             eval_every=every,
-            eval_batches=1 if plan.tiny else max(1, plan.held_out_tokens // (plan.sequence_length * plan.batch_size)),
+            eval_batches=max(1, plan.held_out_tokens // (plan.sequence_length * plan.batch_size)),
             checkpoint_every=max(1, plan.steps // 2),
             keep_last=1,
             sample_tokens=0,
@@ -132,7 +130,6 @@ def measured(plan: Plan, rows: list[dict[str, Any]]) -> dict[str, Any]:
 
     from bm_jax.metrics import model_flops_per_token
     from bm_jax.model import count_parameters
-    from experiments.systems import active_without_embeddings
 
     config = config_of(plan)
     for row in rows:

@@ -19,7 +19,7 @@ from bm_jax.metrics import model_flops_per_token
 from bm_jax.model import forward
 from experiments import expert_tokens, learning, one_run, router_balance
 from experiments.figures import loss_against_flops
-from experiments.systems import SYSTEMS, VARIANTS, active_without_embeddings, tiny
+from experiments.systems import SHAPES, SYSTEMS, VARIANTS, active_without_embeddings, model_of
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = "\n\n".join(shakespeare_texts()["validation"].values())
@@ -34,21 +34,23 @@ def data(tmp_path_factory):
     return folder / "data"
 
 
-def test_systems_have_one_active_size_and_one_cost():
-    sizes = {name: active_without_embeddings(model) for name, model in (SYSTEMS | VARIANTS).items()}
-    assert all(26e6 < size < 28e6 for size in sizes.values()), sizes
-    costs = {name: model_flops_per_token(model, 1024) for name, model in (SYSTEMS | VARIANTS).items()}
-    assert max(costs.values()) < 1.08 * min(costs.values()), costs
-    assert {model.moe.experts for name, model in VARIANTS.items() if "_expert" in name} == {1, 4, 16, 32}
+@pytest.mark.parametrize(("size", "length", "active"), [("full", 1024, 27.1e6), ("small", 256, 131.5e3)])
+def test_systems_of_a_size_have_one_active_size_and_one_cost(size, length, active):
+    models = {name: model_of(name, size) for name in SYSTEMS | VARIANTS}
+    sizes = {name: active_without_embeddings(model) for name, model in models.items()}
+    assert all(count == pytest.approx(active, rel=0.025) for count in sizes.values()), sizes
+    costs = {name: model_flops_per_token(model, length) for name, model in models.items()}
+    assert max(costs.values()) < 1.17 * min(costs.values()), costs
+    assert {model.moe.experts for name, model in models.items() if "_expert" in name} == {1, 4, 16, 32}
 
 
 @pytest.mark.parametrize("name", [*SYSTEMS, *VARIANTS])
-def test_tiny_systems_keep_what_they_are_made_of(name):
-    model = (SYSTEMS | VARIANTS)[name]
-    small = tiny(model)
-    assert small.layers == model.layers
-    assert (small.moe.experts, small.moe.router, small.moe.top_k) == (model.moe.experts, model.moe.router, model.moe.top_k)
-    assert small.moe.capacity_factor == model.moe.capacity_factor
+def test_other_sizes_keep_what_a_system_is_made_of(name):
+    model, *others = (model_of(name, size) for size in SHAPES)
+    sized = ("repeats", "width", "vocab_size", "compute_dtype", "attention", "mlp", "mamba")
+    for other in others:
+        moe = dataclasses.replace(other.moe, width=model.moe.width)
+        assert dataclasses.replace(other, moe=moe, **{field: getattr(model, field) for field in sized}) == model
 
 
 @pytest.mark.slow
@@ -58,7 +60,7 @@ def test_learning_goes_on_where_it_stopped(data, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     options = learning.Options(
         str(data), output=str(tmp_path / "runs"), metrics=tmp_path / "learning.json", steps=8, rates=(1e-3, 1e-2), widen=0,
-        seeds=(0,), systems=("blackmamba", "mamba"), sequence_length=32, batch_size=4, tiny=True, devices=2,
+        seeds=(0,), systems=("blackmamba", "mamba"), sequence_length=32, batch_size=4, size="tiny", devices=2,
     )  # fmt: skip
     learning.main(options)
     first = capsys.readouterr().out
@@ -85,7 +87,7 @@ def test_learning_goes_on_where_it_stopped(data, tmp_path, capsys, monkeypatch):
 
 def test_a_run_that_fails_is_named_with_its_log(data, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
-    options = learning.Options(str(data), output=str(tmp_path), sequence_length=32, batch_size=4, tiny=True)
+    options = learning.Options(str(data), output=str(tmp_path), sequence_length=32, batch_size=4, size="tiny")
     plan = dataclasses.replace(learning.plan_of(options, "mamba", 0, 1e-3), data=str(tmp_path / "nowhere"))
     with pytest.raises(SystemExit, match=r"mamba with rate 0.001 and seed 0 failed: see .*\.log"):
         learning.run_all([plan], options)
@@ -94,7 +96,7 @@ def test_a_run_that_fails_is_named_with_its_log(data, tmp_path, monkeypatch):
 
 def tiny_options(data, output, **changes):
     """Runs of four steps."""
-    sizes = {"steps": 4, "sequence_length": 32, "batch_size": 4, "tiny": True, "rates": (1e-3,), "seeds": (0,)}
+    sizes = {"steps": 4, "sequence_length": 32, "batch_size": 4, "size": "tiny", "rates": (1e-3,), "seeds": (0,)}
     return learning.Options(str(data), output=str(output), **{"systems": ("mamba",)} | sizes | changes)
 
 
@@ -113,12 +115,12 @@ def test_kept_results_are_those_of_the_same_data_and_settings(data, tmp_path, mo
     for again in (options, dataclasses.replace(options, data=str(moved))):
         learning.main(again)
     assert json.loads((tmp_path / "learning.json").read_text())["runs"][0]["plan"] == plan.kept()
-    for name, value in (("batch_size", 2), ("sequence_length", 16), ("tiny", False)):
+    for name, value in (("batch_size", 2), ("sequence_length", 16), ("size", "small")):
         other = f"mamba-0.001-seed0-4.json is of other data or settings: .*{name} .*Give another --output"
         with pytest.raises(SystemExit, match=other):
             learning.main(dataclasses.replace(options, **{name: value}))
     with monkeypatch.context() as patch:
-        patch.setitem(SYSTEMS, "mamba", dataclasses.replace(SYSTEMS["mamba"], width=256))
+        patch.setitem(SYSTEMS, "mamba", SYSTEMS["transformer"])
         with pytest.raises(SystemExit, match=r"settings: model \w+, not \w+\. Give"):
             learning.main(options)
     manifest = moved / "manifest.json"

@@ -23,7 +23,7 @@ class Run(NamedTuple):
     """One training run."""
 
     system: str
-    tiny: bool
+    size: str
     seed: int
     device: str
     tokens_per_step: float
@@ -53,7 +53,7 @@ def _run(run: Metrics) -> Run:
     for entry in run.objects("expert_load", empty=True):
         loads.append((int(entry.number("step")), {how: entry.rows(how) for how in ("training", "inference")}))
     return Run(
-        plan.text("system"), plan.value.get("tiny") is True, int(plan.number("seed")), run.text("device"),
+        plan.text("system"), plan.text("size"), int(plan.number("seed")), run.text("device"),
         run.number("tokens_per_step"), run.number("active_without_embeddings"), curve, loads,
     )  # fmt: skip
 
@@ -91,7 +91,7 @@ def note(runs: Sequence[Run], drawn: str = "mean") -> str:
     seeds = [run.system for run in runs]
     several = [name for name in dict.fromkeys(seeds) if seeds.count(name) > 1]
     sizes = dict.fromkeys(f"{size:.3g}" for size in (min(active), max(active)))
-    text = "tiny models, of no use; " if any(run.tiny for run in runs) else ""
+    text = "tiny models, of no use; " if any(run.size == "tiny" for run in runs) else ""
     text += f"{', '.join(sorted({run.device for run in runs}))}; {' to '.join(sizes)} M active parameters "
     text += f"without embeddings; {' or '.join(f'{count / 1e6:,.3g}' for count in sorted(tokens))} M tokens"
     counts = " or ".join(map(str, sorted({seeds.count(name) for name in several})))
