@@ -1,8 +1,8 @@
 """What is learned from the same text: BlackMamba, Mamba, Transformer, Transformer-MoE and MoE-Mamba, at one active size.
 
-    python -m experiments.learning data/corpus --output runs/learning --devices 4         # GPUs of one host
+    python -m experiments.learning data/corpus --output runs/learning --devices 4          # GPUs of one host
     python -m experiments.learning data/bytes --output runs/small --size small --sequence-length 256 --batch-size 16  # a CPU
-    python -m experiments.learning data/bytes --output runs/tiny --size tiny --steps 20   # to see that all works
+    python -m experiments.learning data/bytes --output runs/tiny --size tiny --steps 20    # to see that all works
 
 `data/corpus` is a folder made by `python -m bm_jax.data prepare` with GPT-NeoX's tokenizer, `data/bytes` one without a
 tokenizer. All runs read the same number of tokens. First each system tries three learning rates, and half or twice the best
@@ -288,15 +288,17 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
 def findings(runs: Sequence[dict[str, Any]]) -> list[str]:
     """The sentences that the runs allow: steps to Mamba's final loss, and the balance of the experts at the end."""
     found = []
-    mean = {name: mean_curve([one for one in runs if one["plan"]["system"] == name]) for name in ("blackmamba", "mamba")}
-    if all(mean.values()):
-        share = steps_to(mean["blackmamba"], mean["mamba"][-1][1])
-        steps = mean["mamba"][-1][0]
-        found.append(
-            "BlackMamba does not reach dense Mamba's final loss in as many steps."
-            if share is None
-            else f"BlackMamba reaches dense Mamba's final loss after {share:,.0f} of {steps:,} steps, 1/{steps / share:.2f}."
-        )
+    names = dict.fromkeys(one["plan"]["system"] for one in runs)
+    curves = {name: mean_curve([one for one in runs if one["plan"]["system"] == name]) for name in names}
+    for name, curve in curves.items() if "mamba" in curves else ():
+        steps, loss = curves["mamba"][-1]
+        share = steps_to(curve, loss)
+        if name != "mamba":
+            found.append(
+                f"{name} does not reach dense Mamba's final loss in as many steps."
+                if share is None
+                else f"{name} reaches dense Mamba's final loss after {share:,.0f} of {steps:,} steps, 1/{steps / share:.2f}."
+            )
     for one in runs:
         if one["expert_load"]:
             end = one["expert_load"][-1]

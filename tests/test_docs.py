@@ -144,8 +144,11 @@ COMMANDS: dict[str, Run | Serve | Check] = {
     "python -m bm_jax.data prepare books/ data/corpus --tokenizer tokenizer.json --validation-fraction 0.02": (
         Run("--workers 1")
     ),
-    "python -m bm_jax.data prepare books/ data/small": Run("--workers 1"),
-    "python -m experiments.learning data/small --output runs/tiny --tiny --steps 20": (
+    "python -m bm_jax.data prepare books/ data/bytes --validation-fraction 0.02": Run("--workers 1"),
+    "python -m experiments.learning data/bytes --size small --sequence-length 256 --batch-size 16 --devices 2 --rates 8e-3 "
+    "--output runs/small --systems blackmamba mamba blackmamba_1_expert blackmamba_4_experts blackmamba_16_experts "
+    "blackmamba_32_experts --metrics experiments/metrics/learning_small.json": Check("trains for an hour or more"),
+    "python -m experiments.learning data/bytes --size tiny --steps 20 --output runs/tiny": (
         Check("test_experiments.py trains such models, for a minute")
     ),
     "python -m experiments.learning data/corpus --devices 4 --metrics experiments/metrics/learning.json": Check(
