@@ -34,13 +34,16 @@ def data(tmp_path_factory):
     return folder / "data"
 
 
-@pytest.mark.parametrize(("size", "length", "active"), [("full", 1024, 27.1e6), ("small", 256, 131.5e3)])
-def test_systems_of_a_size_have_one_active_size_and_one_cost(size, length, active):
+@pytest.mark.parametrize(
+    ("size", "length", "active", "dearer"),
+    [("full", 1024, 27.1e6, 1.08), ("small", 256, 131.5e3, 1.17)],  # attention costs small models more
+)
+def test_systems_of_a_size_have_one_active_size_and_one_cost(size, length, active, dearer):
     models = {name: model_of(name, size) for name in SYSTEMS | VARIANTS}
     sizes = {name: active_without_embeddings(model) for name, model in models.items()}
     assert all(count == pytest.approx(active, rel=0.025) for count in sizes.values()), sizes
     costs = {name: model_flops_per_token(model, length) for name, model in models.items()}
-    assert max(costs.values()) < 1.17 * min(costs.values()), costs
+    assert max(costs.values()) < dearer * min(costs.values()), costs
     assert {model.moe.experts for name, model in models.items() if "_expert" in name} == {1, 4, 16, 32}
 
 
