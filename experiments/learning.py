@@ -6,7 +6,7 @@
 
 `data/corpus` is a folder made by `python -m bm_jax.data prepare` with GPT-NeoX's tokenizer, `data/bytes` one without a
 tokenizer. All runs read the same number of tokens. First each system tries three learning rates, and half or twice the best
-while that is the lowest or highest of them: in whole runs, since short ones favour low rates. At its best rate each is
+while that is the lowest or highest of them: in whole runs, since short ones may favour other rates. At its best rate each is
 compared: BlackMamba and Mamba with a second seed, and BlackMamba also with other numbers of experts and other routers. Each
 run is a process on one device, of those in `CUDA_VISIBLE_DEVICES` where that is set; what is done is kept in `--output`, so
 the same command goes on where it stopped; with other data or settings it wants another `--output`. A learning rate with which
