@@ -19,6 +19,7 @@ from experiments.figures import (
     expert_counts,
     expert_specialisation,
     generation_time,
+    lead_over_mamba,
     loss_against_flops,
     metrics,
     scan_floors,
@@ -82,7 +83,7 @@ def learning_run(system: str, seed: int, end: float, layers: int, experts: int) 
              for how, factor in busy.items()} if layers else {}  # fmt: skip
     return {
         "plan": {"system": system, "size": "full", "seed": seed}, "device": "a small machine", "tokens_per_step": 512,
-        "active_without_embeddings": 2_000_000,
+        "bytes_per_token": 4, "active_without_embeddings": 2_000_000,
         "validation": [
             {"step": 10 * n, "flops": n * 1e14, "seconds": 6 * n, "bits_per_byte": end + 1 - n / 10} for n in points
         ],
@@ -98,6 +99,7 @@ ENDS = {
 }  # fmt: skip
 TWICE = [learning_run("blackmamba", seed, end, 2, 8) for seed, end in ((0, 1.25), (1, 1.75))]
 LEARNING = {"runs": [*TWICE, *(learning_run(system, 0, *end) for system, end in ENDS.items())]}
+DENSE_ALONE = {"runs": [*TWICE, LEARNING["runs"][2]]}
 TOKENS = {
     "model": "a model", "text": "some text", "tokens": 1000,
     "layers": [
@@ -107,6 +109,7 @@ TOKENS = {
 }  # fmt: skip
 FIGURES = {
     "loss_against_flops": (loss_against_flops, {"metrics": LEARNING}),
+    "lead_over_mamba": (lead_over_mamba, {"metrics": LEARNING, "small": LEARNING, "cpu": DENSE_ALONE}),
     "expert_counts": (expert_counts, {"metrics": LEARNING}),
     "expert_balance": (expert_balance, {"metrics": LEARNING}),
     "expert_specialisation": (expert_specialisation, {"metrics": TOKENS}),
@@ -134,8 +137,9 @@ STORED_TEXTS = {
         "NVIDIA H200",
         "1048576 tokens were not read: the budget of 300 s was spent",
     ],
-    "loss_against_flops": ["BlackMamba 1.153", "Mamba 1.125", "MoE-Mamba 1.119", "65.5 M tokens", "NVIDIA H200"],
-    "expert_counts": ["BlackMamba 1.204", "Mamba, dense 1.125", "Sinkhorn 1.153", "switch with loss 1.135"],
+    "loss_against_flops": ["BlackMamba 1.153", "Mamba 1.107", "MoE-Mamba 1.119", "65.5 M tokens", "NVIDIA H200"],
+    "lead_over_mamba": ["27 M, NVIDIA H200 -0.046", "0.13 M, NVIDIA H200 +0.143", "0.13 M, NVIDIA H200 +0.111", "0.13 M, cpu"],
+    "expert_counts": ["BlackMamba 1.204", "Mamba, dense 1.107", "Sinkhorn 1.153", "switch with loss 1.135"],
     "expert_balance": ["layer 0: 1.16", "layer 1: 2.57", "layer 4: 1.36", "layer 6: 7.78", "worst of 2 seeds"],
     "sinkhorn_convergence": ["centred, 512 tokens", "plain, 16,384 tokens", "iterations", "0.8%", "4.3%", "goal: at most 2%"],
     "scan_floors": ["pallas_gpu", "triton_gpu", "mamba_ssm", "0.346", "0.738", "28.7", "1 x 65,536 x 2,304", "floor"],
@@ -148,6 +152,7 @@ TINY_TEXTS = {
         "minutes",
         "blackmamba: mean of 2 seeds, others one",
     ],
+    "lead_over_mamba": ["2 M, a small machine +0.500", "2 M, a small machine +0.375", "100 steps of 2.05 kB", "MoE-Mamba"],
     "expert_counts": ["BlackMamba 1.125", "Mamba, dense 2.000", "Sinkhorn 1.500", "switch without loss 1.625"],
     "expert_balance": ["layer 0: 1.10", "layer 1: 1.50", "layer 0: 2.00", "Sinkhorn, in training", "worst of 2 seeds"],
     "expert_specialisation": ["75%", "\u2423the", "\u21b5", "$x^2$\u2423and\u2423so", "a model; 1,000 tokens of some text"],
@@ -202,7 +207,7 @@ def test_lines_of_a_panel_differ_in_dashes_and_markers(name, tmp_path):
     module = FIGURES[name][0]
     stored = {"metrics": metrics.STORED / f"{name}.json"}
     if FIGURES[name][1]["metrics"] is LEARNING:
-        stored = {"metrics": tmp_path / "metrics.txt"}
+        stored = {option: tmp_path / f"{option}.txt" for option in FIGURES[name][1]}
         write(tmp_path, FIGURES[name][1])
     elif name == "sinkhorn_convergence":
         stored["cost"] = metrics.STORED / "sinkhorn_cost.json"
@@ -246,6 +251,15 @@ def test_labels_are_moved_apart_and_no_further_than_needed():
     np.testing.assert_allclose(style.spread([0.1, 0.2], 1.0), [0.0, 1.0])
     assert style.spread([], 0.1) == []
     assert [style.short(n) for n in (256, 1000, 1024, 131072, 1 << 20)] == ["256", "1,000", "1k", "128k", "1M"]
+
+
+@pytest.mark.parametrize(("panels", "width"), [(1, 4.0), (2, 5.6)])
+def test_a_long_note_is_wrapped_within_the_figure(panels, width):
+    figure, _ = style.figure("title", panels, width=width, note="some words of a long note; " * 20 + "\nanother line")
+    figure.draw_without_rendering()
+    note = figure.texts[-1]
+    assert note.get_text().endswith("note;\nanother line")
+    assert 0.8 * figure.bbox.x1 < note.get_window_extent().x1 < figure.bbox.x1
 
 
 @pytest.mark.parametrize("name", [name for name in FIGURES if name not in ("expert_specialisation", "scan_floors")])

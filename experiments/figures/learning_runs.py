@@ -27,6 +27,7 @@ class Run(NamedTuple):
     seed: int
     device: str
     tokens_per_step: float
+    bytes_per_token: float
     active: float
     """Parameters that a token passes through, without embeddings."""
     curve: list[Point]
@@ -54,7 +55,7 @@ def _run(run: Metrics) -> Run:
         loads.append((int(entry.number("step")), {how: entry.rows(how) for how in ("training", "inference")}))
     return Run(
         plan.text("system"), plan.text("size"), int(plan.number("seed")), run.text("device"),
-        run.number("tokens_per_step"), run.number("active_without_embeddings"), curve, loads,
+        run.number("tokens_per_step"), run.number("bytes_per_token"), run.number("active_without_embeddings"), curve, loads,
     )  # fmt: skip
 
 

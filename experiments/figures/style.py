@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 import os
+import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -109,7 +110,7 @@ def figure(
     Args:
         title: what the figure says, one line.
         panels: how many.
-        note: small, at the bottom: device, settings, where the numbers are from.
+        note: small, at the bottom, wrapped: device, settings, where the numbers are from.
         width: of a panel and its labels, inches.
         height: of the figure, inches.
         widths: of the panels, relative to each other.
@@ -117,7 +118,9 @@ def figure(
     made = Figure(figsize=(width * panels, height), layout=ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.06, wspace=0.05))
     made.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
     if note:
-        made.supxlabel(note, x=0.01, ha="left", fontsize=7.5, color=DARK)
+        fits = int(width * panels * 18)  # letters of that size beside each other
+        wrapped = "\n".join(textwrap.fill(each, fits) for each in note.split("\n"))
+        made.supxlabel(wrapped, x=0.01, ha="left", fontsize=7.5, color=DARK)
     axes = made.subplots(1, panels, squeeze=False, width_ratios=widths)[0]
     for each in axes:
         each.spines[["top", "right"]].set_visible(False)
