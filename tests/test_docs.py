@@ -145,9 +145,14 @@ COMMANDS: dict[str, Run | Serve | Check] = {
         Run("--workers 1")
     ),
     "python -m bm_jax.data prepare books/ data/bytes --validation-fraction 0.02": Run("--workers 1"),
-    "python -m experiments.learning data/bytes --size small --sequence-length 256 --batch-size 16 --devices 2 --rates 8e-3 "
-    "--output runs/small --systems blackmamba mamba blackmamba_1_expert blackmamba_4_experts blackmamba_16_experts "
-    "blackmamba_32_experts --metrics experiments/metrics/learning_small.json": Check("trains for an hour or more"),
+    "python -m experiments.learning data/bytes --size small --sequence-length 256 --batch-size 128 --rates 4e-3 8e-3 16e-3 "
+    "--seeds 0 --output runs/small --systems blackmamba mamba transformer transformer_moe moe_mamba "
+    "--metrics experiments/metrics/learning_small.json": Check("needs a GPU; test_experiments.py trains tiny models"),
+    "python -m experiments.learning data/bytes --size small --sequence-length 256 --batch-size 16 --devices 2 "
+    "--rates 4e-3 8e-3 16e-3 --output runs/small_cpu --systems blackmamba mamba blackmamba_1_expert blackmamba_4_experts "
+    "blackmamba_16_experts blackmamba_32_experts --metrics experiments/metrics/learning_small_cpu.json": (
+        Check("trains for some two hours")
+    ),
     "python -m experiments.learning data/bytes --size tiny --steps 20 --output runs/tiny": (
         Check("test_experiments.py trains such models, for a minute")
     ),

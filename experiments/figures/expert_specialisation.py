@@ -32,7 +32,7 @@ def draw(metrics: Path) -> Figure:
     most = max(len(layer) for layer in layers)
     columns = min(most, EXPERTS)
     note = f"{file.text('model')}; {file.number('tokens'):,.0f} tokens of {file.text('text')}, inference routing; "
-    note += "percent of all tokens, then those that tell most of the expert; ␣\u00a0a\u00a0space, ↵\u00a0a\u00a0line\u00a0break, →\u00a0a\u00a0tab" + (
+    note += "percent of all tokens, then those that tell most of the expert\n␣ a space, ↵ a line break, → a tab" + (
         f"; the first {columns} of {most} experts" if most > columns else ""
     )
     height = 0.9 + 1.1 * len(layers)
