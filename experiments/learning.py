@@ -1,7 +1,7 @@
 """What is learned from the same text: BlackMamba, Mamba, Transformer, Transformer-MoE and MoE-Mamba, at one active size.
 
     python -m experiments.learning data/corpus --output runs/learning --devices 4          # GPUs of one host
-    python -m experiments.learning data/bytes --output runs/small --size small --sequence-length 256 --batch-size 16  # a CPU
+    python -m experiments.learning data/bytes --output runs/small_cpu --size small --sequence-length 256 --batch-size 16
     python -m experiments.learning data/bytes --output runs/tiny --size tiny --steps 20    # to see that all works
 
 `data/corpus` is a folder made by `python -m bm_jax.data prepare` with GPT-NeoX's tokenizer, `data/bytes` one without a
@@ -47,7 +47,7 @@ class Options:
     metrics: Path | None = None
     """JSON file of all results; `learning.json` in `output` if None."""
     steps: int = 2000
-    """Of each run: at 32 windows of 1,024 tokens, 66 M tokens."""
+    """Of each run: at 32 windows of 1,024 tokens, 65.5 M tokens."""
     rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
     """Learning rates that each system tries first; one alone is not tried, but taken."""
     widen: int = 3

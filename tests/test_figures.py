@@ -99,6 +99,7 @@ ENDS = {
 }  # fmt: skip
 TWICE = [learning_run("blackmamba", seed, end, 2, 8) for seed, end in ((0, 1.25), (1, 1.75))]
 LEARNING = {"runs": [*TWICE, *(learning_run(system, 0, *end) for system, end in ENDS.items())]}
+LATE = TWICE[0] | {"validation": TWICE[0]["validation"][1:]}
 DENSE_ALONE = {"runs": [*TWICE, LEARNING["runs"][2]]}
 TOKENS = {
     "model": "a model", "text": "some text", "tokens": 1000,
@@ -138,7 +139,13 @@ STORED_TEXTS = {
         "1048576 tokens were not read: the budget of 300 s was spent",
     ],
     "loss_against_flops": ["BlackMamba 1.153", "Mamba 1.107", "MoE-Mamba 1.119", "65.5 M tokens", "NVIDIA H200"],
-    "lead_over_mamba": ["27 M, NVIDIA H200 -0.046", "M, NVIDIA H200 +0.143", "M, NVIDIA H200 +0.111", "0.13 M, cpu +0.030"],
+    "lead_over_mamba": [
+        "27 M, 233 MB -0.046",
+        "0.13 M, 65.5 MB +0.143",
+        "0.13 M, 65.5 MB +0.111",
+        "0.13 M, 8.19 MB +0.030",
+        "cpu",
+    ],
     "expert_counts": ["BlackMamba 1.204", "Mamba, dense 1.107", "Sinkhorn 1.153", "switch with loss 1.135"],
     "expert_balance": ["layer 0: 1.16", "layer 1: 2.57", "layer 4: 1.36", "layer 6: 7.78", "worst of 2 seeds"],
     "sinkhorn_convergence": ["centred, 512 tokens", "plain, 16,384 tokens", "iterations", "0.8%", "4.3%", "goal: at most 2%"],
@@ -152,7 +159,11 @@ TINY_TEXTS = {
         "minutes",
         "blackmamba: mean of 2 seeds, others one",
     ],
-    "lead_over_mamba": ["2 M, a small machine +0.500", "2 M, a small machine +0.375", "100 steps of 2.05 kB", "MoE-Mamba"],
+    "lead_over_mamba": [
+        "2 M, 0.205 MB +0.500",
+        "2 M, 0.205 MB +0.375",
+        "small machine, 100 steps, seeds: Mamba 1, BlackMamba 2",
+    ],
     "expert_counts": ["BlackMamba 1.125", "Mamba, dense 2.000", "Sinkhorn 1.500", "switch without loss 1.625"],
     "expert_balance": ["layer 0: 1.10", "layer 1: 1.50", "layer 0: 2.00", "Sinkhorn, in training", "worst of 2 seeds"],
     "expert_specialisation": ["75%", "\u2423the", "\u21b5", "$x^2$\u2423and\u2423so", "a model; 1,000 tokens of some text"],
@@ -319,6 +330,8 @@ def without(value: dict, *keys: str) -> dict:
         ("context_length", "metrics", CONTEXT | {"settings": {"shrink": "x"}}, "settings/shrink should be a number, is str"),
         ("loss_against_flops", "metrics", {"runs": []}, "runs is empty"),
         ("loss_against_flops", "metrics", {"runs": [without(LEARNING["runs"][2], "device")]}, "runs[0]/device is missing"),
+        ("lead_over_mamba", "cpu", {"runs": [LATE, LEARNING["runs"][2]]}, "blackmamba was measured at other steps than mamba"),
+        ("lead_over_mamba", "small", {"runs": TWICE}, "runs: there is none of mamba"),
         ("expert_counts", "metrics", {"runs": LEARNING["runs"][:3]}, "runs: there is none of blackmamba_1_expert"),
         ("expert_balance", "metrics", {"runs": [LEARNING["runs"][0] | {"expert_load": []}]}, "blackmamba has no expert_load"),
         ("expert_specialisation", "metrics", TOKENS | {"layers": [[{"share": 2, "top": []}]]}, "should lie in 0 to 1, is 2"),

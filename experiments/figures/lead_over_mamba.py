@@ -1,10 +1,10 @@
-"""When experts pay: how far BlackMamba and MoE-Mamba are ahead of a dense Mamba, against what was read for each parameter.
+"""How far BlackMamba and MoE-Mamba are ahead of a dense Mamba, against the bytes read for each active parameter.
 
     python -m experiments.figures.lead_over_mamba
-    python -m experiments.figures.lead_over_mamba --metrics learning.json --output pictures
+    python -m experiments.figures.lead_over_mamba --metrics learning.json --small small.json --cpu cpu.json
 
-From `python -m experiments.learning` at three settings. Each point is of one step in both runs, and where there are several
-seeds, of their mean.
+From `python -m experiments.learning` at three settings, a file each. Each point is of one step in both runs, and where there
+are several seeds, of their mean.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ TICKS = (0.1, 1, 10, 100, 1000)
 def draw(metrics: Path, small: Path, cpu: Path) -> Figure:
     """A panel a model, a line a setting; where a file has no runs of a model, its panel has no line of it."""
     settings = [(path, learning_runs.read_runs(path)) for path in (metrics, small, cpu)]
-    note = "; ".join(dict.fromkeys(_setting(runs[0]) for _, runs in settings))
-    figure, panels = style.figure("Ahead of dense Mamba, by what was read", 2, note=note, width=5.6)
+    note = "\n".join(dict.fromkeys(_setting(runs) for _, runs in settings))
+    title = "Ahead of dense Mamba, by active parameters and text read"
+    figure, panels = style.figure(title, 2, note=note, width=5.0, height=4.2)
     for axes, model in zip(panels, MODELS, strict=True):
         for number, (path, runs) in enumerate(settings):
             dense = learning_runs.mean(learning_runs.of(runs, "mamba", path))
@@ -41,20 +42,25 @@ def draw(metrics: Path, small: Path, cpu: Path) -> Figure:
             line = style.other_line(number, f"{_name(those[0])} {leads[-1]:+.3f}")
             style.plot(axes, [point.steps * read for point in curve], leads, line)
         axes.axhline(0, color="0", linewidth=0.8)
-        title = f"{style.line(model).label}: above 0 it is ahead"
-        style.describe(axes, title, "bytes read for each active parameter", "bits per byte below Mamba's")
+        above = f"{style.line(model).label}: above 0 it is ahead"
+        style.describe(axes, above, "bytes read for each active parameter", "bits per byte below Mamba's")
         style.scale(axes, "x", 10, TICKS)
+    limits = [axes.get_ylim() for axes in panels]
+    for axes in panels:
+        axes.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
         style.label_ends(axes)
     return figure
 
 
 def _name(run: Run) -> str:
-    return f"{run.active / 1e6:.2g} M, {run.device}"
+    """Active parameters, and all bytes read."""
+    return f"{run.active / 1e6:.2g} M, {run.curve[-1].steps * run.tokens_per_step * run.bytes_per_token / 1e6:.3g} MB"
 
 
-def _setting(run: Run) -> str:
-    steps = run.curve[-1].steps
-    return f"{_name(run)}: {steps:,.0f} steps of {run.tokens_per_step * run.bytes_per_token / 1e3:,.3g} kB"
+def _setting(runs: Sequence[Run]) -> str:
+    systems = [run.system for run in runs]
+    seeds = ", ".join(f"{style.line(name).label} {systems.count(name)}" for name in ("mamba", *MODELS) if name in systems)
+    return f"{_name(runs[0])}: {runs[0].device}, {runs[0].curve[-1].steps:,.0f} steps, seeds: {seeds}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
