@@ -65,7 +65,7 @@ def _like(preset: str, shape: Shape, *, repeats: int, **moe: Any) -> ModelConfig
 
 
 def _blackmamba(**moe: Any) -> Callable[[Shape], ModelConfig]:
-    # Sharper than the preset's 0.5, with which choices on text are not as even (`experiments.router_balance`).
+    # Sharper than the preset's 0.5, with which small models' choices on text are less even (`experiments.router_balance`).
     sharp = {"sinkhorn_temperature": 0.0625, "sinkhorn_iterations": 64}
 
     def of(shape: Shape) -> ModelConfig:
