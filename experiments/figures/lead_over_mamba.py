@@ -25,7 +25,7 @@ TICKS = (0.1, 1, 10, 100, 1000)
 def draw(metrics: Path, small: Path, cpu: Path) -> Figure:
     """A panel a model, a line a setting; where a file has no runs of a model, its panel has no line of it."""
     settings = [(path, learning_runs.read_runs(path)) for path in (metrics, small, cpu)]
-    note = "\n".join(dict.fromkeys(_setting(runs) for _, runs in settings))
+    note = "\n".join([*(_setting(runs) for _, runs in settings), "Bytes: the tokens read times the bytes of a held-out token"])
     title = "Ahead of dense Mamba, by active parameters and text read"
     figure, panels = style.figure(title, 2, note=note, width=5.0, height=4.2)
     for axes, model in zip(panels, MODELS, strict=True):

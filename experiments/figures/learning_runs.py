@@ -28,6 +28,7 @@ class Run(NamedTuple):
     device: str
     tokens_per_step: float
     bytes_per_token: float
+    """Of held-out text."""
     active: float
     """Parameters that a token passes through, without embeddings."""
     curve: list[Point]
